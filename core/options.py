@@ -1,0 +1,200 @@
+"""Every training option with its vetted default, and the one check of which options go together.
+
+Not covered yet (refused as unknown): top_p, top_k, min_p, kl_target, truncation_bootstrap, dynamic_sampling,
+overlong_penalty, max_staleness, gradient_checkpointing, target_reward, patience.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+BASE_LEARNING_RATE = {"full": 1e-6, "lora": 2e-5}
+
+
+class Options(BaseModel):
+    """The effective options of a job: frozen, stored with it, dumped whole by the API and the trainer.
+
+    Where `None` stands it means "from the data or the machine", and the docstring says how.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    # The contract's seven.
+    n_epochs: Annotated[int, Field(ge=1, le=50)] = 1
+    batch_size: Annotated[int, Field(ge=1, le=256)] = 8
+    """Q, prompts per step."""
+    learning_rate_multiplier: Positive = 1.0
+    compute_multiplier: Annotated[float, Field(gt=1e-5, le=10)] = 1.0
+    reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
+    eval_interval: Count | None = None
+    """Steps between evaluations. None: a tenth of all steps, at least 1."""
+    eval_samples: Count = 1
+    """Completions per validation row."""
+
+    # Rollouts.
+    learning_rate: Positive | None = None
+    """None: the base rate of `finetuning` times `learning_rate_multiplier`."""
+    group_size: Annotated[int, Field(ge=1, le=256)] | None = None
+    """G, completions per prompt. None: max(2, round(8 * compute_multiplier)), with `gae` max(1, round(compute_multiplier))."""
+    max_prompt_tokens: Count | None = None
+    """None: what the model's context leaves beside `max_completion_tokens`."""
+    max_completion_tokens: Annotated[int, Field(ge=1, le=131_072)] = 512
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    stop: Annotated[tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...], Field(max_length=4, strict=False)] = ()
+
+    # Advantage.
+    advantage_estimator: Literal["group", "gae", "batch"] = "group"
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    whiten_advantages: bool = True
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gae_lambda: Fraction = 1.0
+    value_gae_lambda: Fraction = 1.0
+
+    # Objective.
+    surrogate: Literal["clip", "cispo"] = "clip"
+    ratio_level: Literal["token", "sequence"] = "token"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    clip_high: NotNegative = 0.2
+    clip_dual: Annotated[float, Field(gt=1)] | None = None
+    loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "sequence_mean"
+    kl_coefficient: NotNegative = 0.04
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_placement: Literal["loss", "reward"] = "loss"
+    entropy_coefficient: NotNegative = 0.0
+    mismatch_correction: Literal["none", "truncate", "reject"] = "truncate"
+    mismatch_cap: Annotated[float, Field(gt=1)] = 2.0
+    mask_truncated: bool = False
+    """Completions cut at `max_completion_tokens` count for nothing (counts = 0)."""
+
+    # Value model.
+    value_model: Literal["separate", "shared_backbone"] | None = None
+    """None unless the estimator is `gae`; then `separate`."""
+    value_gradient: Literal["full", "head_only"] = "full"
+    value_coefficient: Positive = 0.1
+    value_clip: Positive | None = 0.2
+    value_learning_rate: Positive | None = None
+    """None: ten times `learning_rate` (separate), `learning_rate` (shared head)."""
+    value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+    # Update.
+    epochs_per_batch: Annotated[int, Field(ge=1, le=16)] = 1
+    minibatches_per_batch: Annotated[int, Field(ge=1, le=256)] = 1
+    microbatch_tokens: Annotated[int, Field(ge=16)] = 4096
+    """Upper bound of prompt and completion tokens in one forward pass (one group at least)."""
+    max_grad_norm: Positive = 1.0
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grader_failure_fraction: Fraction = 0.2
+
+    # Model and machine.
+    finetuning: Literal["lora", "full"] = "lora"
+    lora_rank: Annotated[int, Field(ge=1, le=512)] = 16
+    lora_alpha: Positive = 32.0
+    lora_targets: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
+    precision: Literal["float32", "bf16"] = "bf16"
+    deterministic: bool = True
+
+    # Length of the run and what it keeps.
+    max_steps: Count | None = None
+    """None: ceil(n_epochs * rows / batch_size)."""
+    checkpoint_interval: Count | None = None
+    """Steps between checkpoints. None: as `eval_interval`."""
+    resume_point_interval: Count = 10
+    """Steps between resume points."""
+    keep_checkpoints: Count = 3
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        for wrong, message in _contradictions(self):
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    @property
+    def needs_values(self) -> bool:
+        return self.value_model is not None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coefficient > 0
+
+
+def _contradictions(options: Options) -> list[tuple[bool, str]]:
+    """Every pair of options that cannot work together, with a message that names both."""
+    estimator = options.advantage_estimator
+    return [
+        (
+            options.value_model is not None and estimator != "gae",
+            f"value_model '{options.value_model}' needs advantage_estimator 'gae', not '{estimator}', which has no value model.",
+        ),
+        (
+            estimator == "group" and options.group_size == 1,
+            "group_size 1 cannot be used with advantage_estimator 'group': a group of one has no signal.",
+        ),
+        (
+            options.kl_coefficient > 0 and options.kl_estimator == "k1" and options.kl_placement == "loss",
+            "kl_estimator 'k1' cannot be used with kl_placement 'loss': its expected on-policy gradient is zero. Use 'k3', or 'reward'.",
+        ),
+        (
+            options.ratio_level == "sequence" and options.loss_aggregation != "sequence_mean",
+            f"ratio_level 'sequence' needs loss_aggregation 'sequence_mean', not '{options.loss_aggregation}'.",
+        ),
+        (
+            options.ratio_level == "sequence" and estimator != "group",
+            f"ratio_level 'sequence' cannot be used with advantage_estimator '{estimator}': its advantages differ between tokens.",
+        ),
+        (
+            options.surrogate == "cispo" and options.clip_dual is not None,
+            "clip_dual cannot be used with surrogate 'cispo', only with 'clip'.",
+        ),
+        (
+            options.minibatches_per_batch > options.batch_size,
+            f"minibatches_per_batch {options.minibatches_per_batch} is more than batch_size {options.batch_size}: "
+            "minibatches are whole groups.",
+        ),
+    ]
+
+
+_VALUE_OPTIONS = ("value_clip", "value_learning_rate", "value_warmup_steps", "value_gradient", "value_coefficient", "value_gae_lambda")
+_GAE_OPTIONS = ("gamma", "gae_lambda", "whiten_advantages")
+_LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_targets")
+
+
+def silenced(options: Options, given: set[str]) -> list[tuple[str, str]]:
+    """(option, why) of every option in `given` that would have no effect beside the others."""
+    estimator, value_model = options.advantage_estimator, options.value_model
+    rules: list[tuple[tuple[str, ...], bool, str]] = [
+        (_VALUE_OPTIONS, estimator != "gae", f"advantage_estimator '{estimator}', which has no value model"),
+        (_GAE_OPTIONS, estimator != "gae", f"advantage_estimator '{estimator}', only with 'gae'"),
+        (("advantage_scale", "advantage_baseline"), estimator != "group", f"advantage_estimator '{estimator}', only with 'group'"),
+        (_LORA_OPTIONS, options.finetuning == "full", "finetuning 'full'"),
+        (("kl_estimator", "kl_placement"), options.kl_coefficient == 0, "kl_coefficient 0"),
+        (("mismatch_cap",), options.mismatch_correction == "none", "mismatch_correction 'none'"),
+        (("value_coefficient",), value_model == "separate", "value_model 'separate', which has its own optimizer"),
+        (("value_gradient",), value_model == "separate", "value_model 'separate', which shares nothing with the policy"),
+        (("learning_rate_multiplier",), "learning_rate" in given, "learning_rate, which is absolute: give one of them"),
+        (("compute_multiplier",), "group_size" in given, "group_size, which is absolute: give one of them"),
+        (("n_epochs",), "max_steps" in given, "max_steps, which is absolute: give one of them"),
+    ]
+    return [(name, why) for names, is_silent, why in rules if is_silent for name in names if name in given]
+
+
+def _partial(model: type[BaseModel], name: str, doc: str) -> type[BaseModel]:
+    """`model` with every field optional and "auto" allowed, for a request that names only what it changes."""
+    fields: dict[str, Any] = {}
+    for field_name, field in model.model_fields.items():
+        annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        fields[field_name] = (annotation | Literal["auto"] | None, Field(default=None))
+    return create_model(name, __config__=ConfigDict(extra="forbid", strict=True), __doc__=doc, **fields)
+
+
+Hyperparameters = _partial(
+    Options, "Hyperparameters", "The options that a request names; what is left out or 'auto' gets the vetted value."
+)

@@ -1,0 +1,83 @@
+"""The environment of an installation, read once per process. Refuses unsafe values; holds no request data."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="HONE_", extra="ignore", frozen=True)
+
+    home: Path = Field(default=Path("~/.hone"), validate_default=True)
+    """Everything that this installation keeps on this machine."""
+
+    database_url: str = ""
+    """SQLAlchemy URL. Empty: SQLite in `home`."""
+
+    broker_url: SecretStr = SecretStr("")
+    """Celery broker. Empty: the embedded Valkey's unix socket in `home`."""
+
+    blob_url: str = ""
+    """Empty: chunks in the database. Otherwise a folder (`file:///...`) or an object store (`s3://bucket/prefix`)."""
+
+    secret_key: SecretStr = SecretStr("")
+    """Fernet keys for stored secrets, newest first, separated by commas. Empty: `home/secret_key`."""
+
+    allowed_private_networks: tuple[str, ...] = ()
+    """Networks in CIDR form that outgoing calls may reach although they are not public."""
+
+    allow_http_graders: bool = False
+    """Whether grader URLs may be plain http (always allowed towards `allowed_private_networks`)."""
+
+    lease_seconds: float = Field(default=120.0, gt=0)
+    wind_down_seconds: float = Field(default=120.0, gt=0)
+    cancel_grace_seconds: float = Field(default=30.0, gt=0)
+    stall_seconds: float = Field(default=1800.0, gt=0)
+    sweep_seconds: float = Field(default=15.0, gt=0)
+    max_attempts: int = Field(default=5, ge=1)
+    """Ends by fault in a row, without a new resume point between them, after which a job fails."""
+
+    min_training_rows: int = Field(default=10, ge=1)
+    max_training_rows: int = Field(default=50_000, ge=1)
+    max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
+    organization_id: str = "org-hone"
+    worker_name: str = ""
+    """Shown in attempts. Empty: host name and process id."""
+
+    gpu_class: str = "any"
+    """The class of device that this worker offers."""
+
+    num_threads: int = Field(default=0, ge=0)
+    """CPU threads for one trainer. 0: all cores of the machine, divided by its workers once."""
+
+    @field_validator("home")
+    @classmethod
+    def _expand(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    def effective_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'hone.db'}"
+
+    def effective_broker_url(self) -> str:
+        return self.broker_url.get_secret_value() or f"redis+socket://{self.socket_path}?virtual_host=0"
+
+    @property
+    def socket_path(self) -> Path:
+        """The embedded broker's unix socket, in a folder of mode 0700."""
+        return self.home / "run" / "valkey.sock"
+
+    @property
+    def runs_path(self) -> Path:
+        return self.home / "runs"
+
+    @property
+    def models_path(self) -> Path:
+        return self.home / "models"
+
+
+@lru_cache(maxsize=1)
+def load_settings() -> Settings:
+    return Settings()
