@@ -1,6 +1,7 @@
 """Rings the workers: a Celery message without arguments that may be lost, doubled or late. The row in the database decides."""
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from core.settings import Settings
 

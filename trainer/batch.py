@@ -6,7 +6,7 @@ completion g of prompt q: a group is G consecutive rows.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -108,10 +108,10 @@ class Batch:
         """[B, T] bool: the tokens that enter losses and denominators, completion_mask and counts together."""
         return self.completion_mask & self.counts[:, None]
 
-    def select(self, rows: Tensor) -> "Batch":
+    def select(self, rows: Tensor) -> Self:
         """The rows `rows` [b] (int64 indices) of every tensor."""
-        chosen = {name: None if value is None else value[rows] for name, value in vars(self).items()}
-        return Batch(**chosen)
+        chosen: dict[str, Any] = {name: None if value is None else value[rows] for name, value in vars(self).items()}
+        return type(self)(**chosen)
 
 
 @dataclass
