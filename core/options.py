@@ -22,15 +22,19 @@ class Options(BaseModel):
     Where `None` stands it means "from the data or the machine", and the docstring says how.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     # The contract's seven.
     n_epochs: Annotated[int, Field(ge=1, le=50)] = 1
+    """Passes over the training file."""
     batch_size: Annotated[int, Field(ge=1, le=256)] = 8
     """Q, prompts per step."""
     learning_rate_multiplier: Positive = 1.0
+    """Scales the base learning rate of `finetuning` (full 1e-6, lora 2e-5)."""
     compute_multiplier: Annotated[float, Field(gt=1e-5, le=10)] = 1.0
+    """Scales the automatic group size."""
     reasoning_effort: Literal["default", "low", "medium", "high"] = "default"
+    """Passed to the chat template; refused for a template without such a variable."""
     eval_interval: Count | None = None
     """Steps between evaluations. None: a tenth of all steps, at least 1."""
     eval_samples: Count = 1
@@ -44,31 +48,53 @@ class Options(BaseModel):
     max_prompt_tokens: Count | None = None
     """None: what the model's context leaves beside `max_completion_tokens`."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=131_072)] = 512
+    """T, sampled tokens per completion at most."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Divides the logits everywhere: sampling, old, current and reference log-probs."""
     stop: Annotated[tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...], Field(max_length=4, strict=False)] = ()
+    """Strings that end a completion; the grader's text excludes them."""
 
     # Advantage.
     advantage_estimator: Literal["group", "gae", "batch"] = "group"
+    """`group` (GRPO), `gae` (PPO), `batch` (REINFORCE++)."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
+    """What a group-centred reward is divided by: standard deviation of the group, of the batch, or nothing (Dr. GRPO)."""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """Mean of the group, or of its other members (RLOO)."""
     whiten_advantages: bool = True
+    """Advantages of a batch get mean 0 and variance 1 over counted tokens (`gae`)."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount per token (`gae`)."""
     gae_lambda: Fraction = 1.0
+    """Lambda of the advantages (`gae`)."""
     value_gae_lambda: Fraction = 1.0
+    """Lambda of the value head's targets (`gae`)."""
 
     # Objective.
     surrogate: Literal["clip", "cispo"] = "clip"
+    """PPO clipping of the ratio, or CISPO (clipped ratio as a weight on the log-prob)."""
     ratio_level: Literal["token", "sequence"] = "token"
+    """Ratio per token, or of the mean log difference of the sequence (GSPO)."""
     clip_low: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The ratio is clipped below 1 - clip_low."""
     clip_high: NotNegative = 0.2
+    """The ratio is clipped above 1 + clip_high."""
     clip_dual: Annotated[float, Field(gt=1)] | None = None
+    """For negative advantages the loss is at most -clip_dual * A. None: off."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "fixed_length"] = "sequence_mean"
+    """Denominator of the minibatch: tokens (DAPO), tokens then sequences (GRPO), sequences * max_completion_tokens (Dr. GRPO)."""
     kl_coefficient: NotNegative = 0.04
+    """Weight of KL(policy || reference). 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimators of the KL divergence."""
     kl_placement: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or a penalty on the reward of each token."""
     entropy_coefficient: NotNegative = 0.0
+    """Weight of the entropy bonus."""
     mismatch_correction: Literal["none", "truncate", "reject"] = "truncate"
+    """Importance weight for sampler against trainer log-probs: none, capped, or sequences outside the cap dropped."""
     mismatch_cap: Annotated[float, Field(gt=1)] = 2.0
+    """The cap of `mismatch_correction`."""
     mask_truncated: bool = False
     """Completions cut at `max_completion_tokens` count for nothing (counts = 0)."""
 
@@ -76,30 +102,47 @@ class Options(BaseModel):
     value_model: Literal["separate", "shared_backbone"] | None = None
     """None unless the estimator is `gae`; then `separate`."""
     value_gradient: Literal["full", "head_only"] = "full"
+    """Whether the value loss reaches the shared backbone."""
     value_coefficient: Positive = 0.1
+    """Weight of the value loss in the shared backbone."""
     value_clip: Positive | None = 0.2
+    """New values are clipped to this distance from the recorded ones."""
     value_learning_rate: Positive | None = None
     """None: ten times `learning_rate` (separate), `learning_rate` (shared head)."""
     value_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the value model learns."""
 
     # Update.
     epochs_per_batch: Annotated[int, Field(ge=1, le=16)] = 1
+    """Passes over the rollouts of a step."""
     minibatches_per_batch: Annotated[int, Field(ge=1, le=256)] = 1
+    """Optimizer steps per pass; minibatches are whole groups."""
     microbatch_tokens: Annotated[int, Field(ge=16)] = 4096
     """Upper bound of prompt and completion tokens in one forward pass (one group at least)."""
     max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
     weight_decay: NotNegative = 0.0
+    """AdamW weight decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from 0."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up."""
     max_grader_failure_fraction: Fraction = 0.2
+    """Above this fraction of failed grades in a step the job pauses (`grader_unavailable`)."""
 
     # Model and machine.
     finetuning: Literal["lora", "full"] = "lora"
+    """Adapters on a frozen model, or all weights."""
     lora_rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of the adapters."""
     lora_alpha: Positive = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: Annotated[tuple[str, ...], Field(strict=False)] = ("all-linear",)
+    """Modules with adapters; `all-linear` is every linear layer but the head."""
     precision: Literal["float32", "bf16"] = "bf16"
+    """bf16: forward and backward in bf16 with float32 master weights."""
     deterministic: bool = True
+    """Deterministic kernels and a fixed thread count."""
 
     # Length of the run and what it keeps.
     max_steps: Count | None = None
@@ -109,6 +152,7 @@ class Options(BaseModel):
     resume_point_interval: Count = 10
     """Steps between resume points."""
     keep_checkpoints: Count = 3
+    """Checkpoints with the best `valid_reward_mean` that are kept, beside the newest."""
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -191,7 +235,7 @@ def _partial(model: type[BaseModel], name: str, doc: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for field_name, field in model.model_fields.items():
         annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        fields[field_name] = (annotation | Literal["auto"] | None, Field(default=None))
+        fields[field_name] = (annotation | Literal["auto"] | None, Field(default=None, description=field.description))
     return create_model(name, __config__=ConfigDict(extra="forbid", strict=True), __doc__=doc, **fields)
 
 

@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="HONE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="HONE_", extra="ignore", frozen=True, use_attribute_docstrings=True)
 
     home: Path = Field(default=Path("~/.hone"), validate_default=True)
     """Everything that this installation keeps on this machine."""
@@ -32,18 +32,28 @@ class Settings(BaseSettings):
     """Whether grader URLs may be plain http (always allowed towards `allowed_private_networks`)."""
 
     lease_seconds: float = Field(default=120.0, gt=0)
+    """How long a worker owns a job without renewing its lease, by the database's clock."""
     wind_down_seconds: float = Field(default=120.0, gt=0)
+    """How long a trainer may take to write its resume point when a job is paused or its worker drained."""
     cancel_grace_seconds: float = Field(default=30.0, gt=0)
+    """From SIGTERM to SIGKILL of a cancelled job's processes."""
     stall_seconds: float = Field(default=1800.0, gt=0)
+    """A trainer without progress for this long is killed and its job retried."""
     sweep_seconds: float = Field(default=15.0, gt=0)
+    """How often housekeeping looks for expired leases and waiting jobs."""
     max_attempts: int = Field(default=5, ge=1)
     """Ends by fault in a row, without a new resume point between them, after which a job fails."""
 
     min_training_rows: int = Field(default=10, ge=1)
+    """Fewer rows fail the job (`invalid_n_examples`)."""
     max_training_rows: int = Field(default=50_000, ge=1)
+    """More rows fail the job (`invalid_n_examples`)."""
     max_upload_bytes: int = Field(default=512 * 1024 * 1024, ge=1)
+    """Largest file that may be uploaded."""
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
+    """Largest body of any other request."""
     organization_id: str = "org-hone"
+    """`organization_id` of every job; part of the names of fine-tuned models."""
     worker_name: str = ""
     """Shown in attempts. Empty: host name and process id."""
 

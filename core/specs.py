@@ -129,10 +129,10 @@ def _path_in(raw: Any, location: tuple[int | str, ...]) -> list[str]:
     path: list[str] = []
     for part in location:
         path.append(str(part))
-        if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw)):
+        try:
             raw = raw[part]
-        else:
-            return path if isinstance(raw, dict | BaseModel) else path[:-1]
+        except (KeyError, IndexError, TypeError):
+            return path if isinstance(raw, dict) else path[:-1]
     return path
 
 

@@ -1,0 +1,79 @@
+"""Writes hyperparameters.md and configuration.md from the code: `python docs/generate.py` (a test fails when they are out of date)."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from core.options import Options
+from core.presets import PRESETS
+from core.settings import Settings
+
+FOLDER = Path(__file__).parent
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+SETTINGS_HEADER = """# Configuration
+
+Every installation-wide setting is an environment variable, read once per process. Generated from `core/settings.py`.
+
+| variable | default | meaning |
+| --- | --- | --- |
+"""
+HEADER = """# Hyperparameters
+
+What `method.reinforcement.hyperparameters` takes. "auto" or nothing gives the default. An option that another one would
+silence, or that contradicts it, is refused at submit with both names. Generated from `core/options.py`.
+
+| option | default | type | effect |
+| --- | --- | --- | --- |
+"""
+
+
+def describe_type(schema: dict[str, Any]) -> str:
+    """The type and range of one property of a JSON schema, in words."""
+    if "anyOf" in schema:
+        return " or ".join(describe_type(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
+    return " ".join([schema.get("type", ""), ", ".join(bounds)]).strip()
+
+
+def hyperparameters() -> str:
+    schema = Options.model_json_schema()["properties"]
+    rows = [
+        f"| `{name}` | `{field.default}` | {describe_type(schema[name])} | {' '.join((field.description or '').split())} |"
+        for name, field in Options.model_fields.items()
+    ]
+    presets = [
+        "",
+        "## Presets",
+        "",
+        "A preset only sets options; an explicit option overrides it.",
+        "",
+        "| algorithm | sets |",
+        "| --- | --- |",
+    ]
+    presets += [
+        f"| `{name}` | {', '.join(f'`{option}: {value}`' for option, value in options.items()) or 'the defaults'} |"
+        for name, options in PRESETS.items()
+    ]
+    return HEADER + "\n".join([*rows, *presets]).replace("`None`", "automatic").replace("||", "/") + "\n"
+
+
+def configuration() -> str:
+    rows = [
+        f"| `HONE_{name.upper()}` | `{'' if isinstance(field.default, SecretStr) else field.default}` | {' '.join((field.description or '').split())} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return SETTINGS_HEADER + "\n".join(rows).replace("``", "empty") + "\n"
+
+
+def pages() -> dict[Path, str]:
+    return {FOLDER / "hyperparameters.md": hyperparameters(), FOLDER / "configuration.md": configuration()}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text)
+        sys.stdout.write(f"wrote {path.name}\n")
