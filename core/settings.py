@@ -1,10 +1,12 @@
 """The environment of an installation, read once per process. Refuses unsafe values; holds no request data."""
 
 from functools import lru_cache
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
@@ -25,8 +27,8 @@ class Settings(BaseSettings):
     secret_key: SecretStr = SecretStr("")
     """Fernet keys for stored secrets, newest first, separated by commas. Empty: `home/secret_key`."""
 
-    allowed_private_networks: tuple[str, ...] = ()
-    """Networks in CIDR form that outgoing calls may reach although they are not public."""
+    allowed_private_networks: Annotated[tuple[str, ...], NoDecode] = ()
+    """Networks in CIDR form, separated by commas, that outgoing calls may reach although they are not public."""
 
     allow_http_graders: bool = False
     """Whether grader URLs may be plain http (always allowed towards `allowed_private_networks`)."""
@@ -67,6 +69,14 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, home: Path) -> Path:
         return home.expanduser().resolve()
+
+    @field_validator("allowed_private_networks", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        parts = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        for part in parts:
+            ip_network(part)
+        return parts
 
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'hone.db'}"

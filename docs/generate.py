@@ -62,10 +62,10 @@ def hyperparameters() -> str:
 
 
 def configuration() -> str:
-    rows = [
-        f"| `HONE_{name.upper()}` | `{'' if isinstance(field.default, SecretStr) else field.default}` | {' '.join((field.description or '').split())} |"
-        for name, field in Settings.model_fields.items()
-    ]
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "" if isinstance(field.default, SecretStr) else field.default
+        rows.append(f"| `HONE_{name.upper()}` | `{default}` | {' '.join((field.description or '').split())} |")
     return SETTINGS_HEADER + "\n".join(rows).replace("``", "empty") + "\n"
 
 

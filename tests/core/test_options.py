@@ -74,7 +74,7 @@ def test_options_that_cannot_work_together_are_refused_with_both_names(
 
 
 def test_unknown_algorithm_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="dapo.*grpo"):
+    with pytest.raises(InvalidRequest, match=r"dapo.*grpo"):
         resolve_options("dapo", {})
 
 
