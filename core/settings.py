@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     def effective_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'hone.db'}"
 
+    def effective_blob_database_url(self) -> str:
+        return blob_database_url(self.effective_database_url())
+
     def effective_broker_url(self) -> str:
         return self.broker_url.get_secret_value() or f"redis+socket://{self.socket_path}?virtual_host=0"
 
@@ -96,6 +99,14 @@ class Settings(BaseSettings):
     @property
     def models_path(self) -> Path:
         return self.home / "models"
+
+
+def blob_database_url(database_url: str) -> str:
+    """Where the blob tables lie: `blobs.db` beside an SQLite file (a write lock of its own), else the same database."""
+    if not database_url.startswith("sqlite"):
+        return database_url
+    address, mark, options = database_url.partition("?")
+    return f"{address.rpartition('/')[0]}/blobs.db{mark}{options}"
 
 
 @lru_cache(maxsize=1)
