@@ -1,1 +1,1 @@
-"""Turns a completion into a grade. A grade that could not be had is an error with a code, never a number. Knows no database and no torch."""
+"""Turns a completion into a grade. A grade that could not be had is an error with a code, never a number. No database, no torch."""

@@ -1,5 +1,7 @@
 """What goes into a grader and what comes out. A grade that failed has no reward: `error` says why, and nothing stands in its place."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -96,6 +98,12 @@ class Grader(Protocol):
     async def close(self) -> None:
         """Frees connections and processes. A closed grader is not used again."""
         ...
+
+
+def idempotency_key(*, job_id: str, phase: str, step: int, prompt_index: int, g: int, grader_version: str, completion: str) -> str:
+    """The same for every attempt at the same grade, also after a restart; in hex."""
+    parts = json.dumps([job_id, phase, step, prompt_index, g, grader_version, completion])
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def failed(failure: GradeFailure, message: str, *, attempts: int = 1, latency_seconds: float = 0.0) -> Grade:

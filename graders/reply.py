@@ -1,0 +1,66 @@
+"""What an endpoint answered, as a grade: strict, because a number that was guessed would be trained on."""
+
+import json
+import math
+from typing import Any
+
+from core.errors import InvalidGrade
+from graders.grade import MAX_EXPLANATION_CHARACTERS, Grade, GradeFailure, failed, shorten
+from graders.redaction import Redactor
+
+MAX_SUB_SCORES = 64
+MAX_NAME_CHARACTERS = 64
+
+
+def parse_reply(body: bytes, reward_range: tuple[float, float] | None, redactor: Redactor) -> Grade:
+    """The grade in a reply of format `single`: {"score", "sub_scores"?, "explanation"?}; a null score abstains."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        excerpt = redactor.clean(body[:4096].decode(errors="replace"))
+        return failed(GradeFailure.INVALID_JSON, f"The reply is not JSON: {shorten(excerpt, 200)!r}.")
+    if not isinstance(reply, dict) or "score" not in reply:
+        return failed(GradeFailure.INVALID_SCORE, "The reply must be an object with a 'score'.")
+    try:
+        reward = None if reply["score"] is None else finite_number(reply["score"], "score")
+        sub_scores = _sub_scores(reply.get("sub_scores"), redactor)
+        explanation = _explanation(reply.get("explanation"), redactor)
+    except InvalidGrade as error:
+        return failed(GradeFailure.INVALID_SCORE, error.message)
+    if reward is not None and reward_range is not None and not reward_range[0] <= reward <= reward_range[1]:
+        low, high = reward_range
+        return failed(GradeFailure.OUT_OF_RANGE, f"'score' is {reward:g}, outside the reward range {low:g} to {high:g}.")
+    return Grade(reward, sub_scores=sub_scores, explanation=explanation, abstained=reward is None)
+
+
+def finite_number(value: Any, what: str) -> float:
+    """`value` as a float. Raises: InvalidGrade for a bool, a string, NaN, infinity and everything else that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidGrade(f"'{what}' must be a number, not {type(value).__name__}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidGrade(f"'{what}' must be finite, not {'NaN' if math.isnan(number) else 'infinite'}.")
+    return number
+
+
+def _sub_scores(value: Any, redactor: Redactor) -> dict[str, float]:
+    """{name: number}; a null number is one that the grader did not compute."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidGrade(f"'sub_scores' must be an object, not {type(value).__name__}.")
+    if len(value) > MAX_SUB_SCORES:
+        raise InvalidGrade(f"'sub_scores' has {len(value)} entries, more than {MAX_SUB_SCORES}.")
+    names = {name: shorten(redactor.clean(name), MAX_NAME_CHARACTERS) for name in value}
+    return {names[name]: finite_number(number, f"sub_scores.{names[name]}") for name, number in value.items() if number is not None}
+
+
+def _explanation(value: Any, redactor: Redactor) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidGrade(f"'explanation' must be a string, not {type(value).__name__}.")
+    return shorten(redactor.clean(value), MAX_EXPLANATION_CHARACTERS)

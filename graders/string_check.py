@@ -1,0 +1,34 @@
+"""1 when one text stands in a relation to another, else 0."""
+
+from collections.abc import Callable
+
+from core.grader_specs import StringCheckGrader as StringCheckSpec
+from graders.grade import Grade, GradeFailure, GradeRequest, failed
+from graders.template import InvalidVariable, render
+
+OPERATIONS: dict[str, Callable[[str, str], bool]] = {
+    "eq": lambda text, reference: text == reference,
+    "ne": lambda text, reference: text != reference,
+    "like": lambda text, reference: reference in text,
+    "ilike": lambda text, reference: reference.casefold() in text.casefold(),
+}
+
+
+class StringCheckGrader:
+    def __init__(self, spec: StringCheckSpec) -> None:
+        self._spec = spec
+        self._holds = OPERATIONS[spec.operation]
+
+    async def grade(self, request: GradeRequest) -> Grade:
+        try:
+            text = render(self._spec.input, request.item, request.sample)
+            reference = render(self._spec.reference, request.item, request.sample)
+        except InvalidVariable as error:
+            if error.variable.startswith("sample.output_json"):
+                # The completion was asked for this JSON and does not have it: a wrong answer, not a broken grader.
+                return Grade(0.0, explanation=f"The completion lacks '{error.variable}'.")
+            return failed(GradeFailure.INVALID_VARIABLE, error.message)
+        return Grade(1.0 if self._holds(text, reference) else 0.0)
+
+    async def close(self) -> None:
+        """Holds nothing."""
