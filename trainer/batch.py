@@ -143,3 +143,8 @@ class Estimate:
 
     statistics: dict[str, float] = field(default_factory=dict)
     """Fractions worth reporting, such as `zero_variance_group_fraction`."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows `rows` [b] (int64 indices) of every tensor."""
+        returns = None if self.returns is None else self.returns[rows]
+        return type(self)(self.advantages[rows], returns, self.batch_counts[rows], self.statistics)
