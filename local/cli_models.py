@@ -6,9 +6,10 @@ import typer
 
 from client.errors import NotFound
 from client.transport import Object
+from core.folders import folder_digest
 from core.settings import Settings
 from local.connection import connect
-from local.models import SMOLLM2_NAME, convert_smollm2, describe_source, folder_digest
+from local.models import SMOLLM2_NAME, convert_smollm2, describe_source
 
 commands = typer.Typer(help="Base models that jobs may name.", no_args_is_help=True)
 
