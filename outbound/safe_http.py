@@ -48,6 +48,8 @@ def check_url(url: str, policy: NetworkPolicy, param: str = "url") -> None:
         raise AddressRefused(f"'{param}' is not a URL.", param=param) from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise AddressRefused(f"'{param}' must begin with https:// or http:// and name a host.", param=param)
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise AddressRefused(f"'{param}' has no such port: {parsed.port}.", param=param)
     if parsed.userinfo:
         raise AddressRefused(f"'{param}' must not hold a user name or password; send them in 'headers'.", param=param)
     if parsed.scheme == "http" and not policy.allow_http and not policy.allowed_private_networks:
@@ -88,7 +90,11 @@ async def send(
 
     Raises: TimeoutError at the deadline; httpx.HTTPError; AddressRefused; ResponseTooLarge.
     """
-    async with asyncio.timeout(deadline_seconds), client.stream(method, url, headers=headers, content=body) as response:
+    try:
+        target = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise AddressRefused("The address is not a URL.") from error
+    async with asyncio.timeout(deadline_seconds), client.stream(method, target, headers=headers, content=body) as response:
         received = bytearray()
         async for chunk in response.aiter_raw():
             received += chunk
@@ -193,7 +199,7 @@ class _GuardedBackend(httpcore.AsyncNetworkBackend):
                 found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout("the name was not resolved in time") from error
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, OverflowError) as error:
             raise httpcore.ConnectError("the name could not be resolved") from error
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))[:MAX_ADDRESSES]
 
