@@ -1,4 +1,4 @@
-"""A language model small enough to teach in a test: a Llama of two layers over 48 characters, built on the spot and saved like any other."""
+"""A language model small enough to teach in a test: a Llama of two layers over 48 characters, built on the spot and saved."""
 
 from pathlib import Path
 

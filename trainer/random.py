@@ -39,9 +39,7 @@ def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tupl
     return np.stack([x0, x1, x2, x3]).astype(np.uint32)
 
 
-def uniforms(
-    seed: int, purpose: Purpose, step: int, round_: int, prompts: ArrayLike, gs: ArrayLike, ts: ArrayLike
-) -> NDArray[np.float64]:
+def uniforms(seed: int, purpose: Purpose, step: int, round_: int, prompts: ArrayLike, gs: ArrayLike, ts: ArrayLike) -> NDArray[np.float64]:
     """One number in [0, 1) per (prompt, g, t), with 53 random bits. Broadcastable integer arrays -> float64."""
     words = philox((ts, gs, prompts, step), _key(seed, purpose, round_)).astype(np.uint64)
     return _to_unit(words[0], words[1])
