@@ -76,10 +76,10 @@ from local import processes
 from local.parts import Part
 from local.supervisor import Supervisor
 
-ESCAPE = "import subprocess, sys, time\\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)', MARK], start_new_session=True)\\n"
+ESCAPE = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', SLEEP, MARK], start_new_session=True); "
 processes.adopt_orphans()
 supervisor = Supervisor(print)
-code = ESCAPE.replace("MARK", repr({mark!r})) + {then!r}
+code = ESCAPE.replace("MARK", repr({mark!r})).replace("SLEEP", repr("import time; time.sleep(99)")) + {then!r}
 supervisor.start(Part("parent", (sys.executable, "-c", code, {mark!r}), os.environ, Path({folder!r}) / "log", 1))
 {rest}
 """
