@@ -3,11 +3,26 @@
 Times are seconds since 1970 by the database's clock. Rows carry no relationships: what a function needs, it selects.
 """
 
+import re
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, LargeBinary, MetaData, String, Text, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -16,9 +31,24 @@ NAMING = {
 }
 
 
+class CleanText(TypeDecorator[str]):
+    """Text that both databases take: NUL and half surrogates, which completions may hold, become U+FFFD."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else clean_text(value)
+
+
+def clean_text(value: str) -> str:
+    return _UNSTORABLE.sub("\ufffd", value)
+
+
 class _Columns(DeclarativeBase):
     __abstract__ = True
     type_annotation_map = {  # noqa: RUF012 - read by DeclarativeBase
+        str: CleanText(),
         float: Double(),
         dict[str, Any]: JSON(none_as_null=True),
         list[str]: JSON(none_as_null=True),
@@ -55,7 +85,7 @@ class ApiKey(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     name: Mapped[str]
-    key_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    key_hash: Mapped[str] = mapped_column(unique=True)
     """SHA-256 of the clear key, which has 256 random bits and is stored nowhere."""
     hint: Mapped[str]
     """The end of the clear key, to tell keys apart."""
@@ -74,7 +104,7 @@ class File(Base):
     purpose: Mapped[str]
     blob: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str]
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
@@ -99,7 +129,7 @@ class GraderVersion(Base):
     options: Mapped[dict[str, Any]]
     """core.grader_specs.EndpointOptions."""
     header_names: Mapped[list[str]]
-    secrets: Mapped[str] = mapped_column(Text)
+    secrets: Mapped[str]
     """Encrypted {"headers": {...}, "signing_secret": "whsec_..."}."""
     created_at: Mapped[float]
 
@@ -155,7 +185,7 @@ class Job(Base):
     """core.options.Options, dumped whole."""
     grader: Mapped[dict[str, Any]]
     """core.grader_specs.PinnedGraderSpec."""
-    secrets: Mapped[str | None] = mapped_column(Text)
+    secrets: Mapped[str | None]
     """Encrypted {secret_ref: {"headers": {...}, "signing_secret": ...}} of graders given inline."""
     response_format: Mapped[dict[str, Any] | None]
     seed: Mapped[int]
@@ -172,7 +202,7 @@ class Job(Base):
     worker: Mapped[str | None]
     pause_reason: Mapped[str | None]
     error_code: Mapped[str | None]
-    error_message: Mapped[str | None] = mapped_column(Text)
+    error_message: Mapped[str | None]
     error_param: Mapped[str | None]
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
@@ -205,11 +235,11 @@ class Event(Base):
     seq: Mapped[int] = mapped_column(BigInteger)
     attempt: Mapped[int]
     line: Mapped[int | None]
-    """Byte offset of the line in the attempt's events.jsonl; None for events of the platform."""
+    """Number of the line in the attempt's events.jsonl, from 0; None for events of the platform."""
     created_at: Mapped[float]
     level: Mapped[str]
     type: Mapped[str]
-    message: Mapped[str] = mapped_column(Text)
+    message: Mapped[str]
     data: Mapped[dict[str, Any]]
 
 
@@ -244,12 +274,12 @@ class Sample(Base):
     phase: Mapped[str] = mapped_column(primary_key=True)
     prompt_index: Mapped[int] = mapped_column(primary_key=True)
     g: Mapped[int] = mapped_column(primary_key=True)
-    prompt: Mapped[str] = mapped_column(Text)
-    completion: Mapped[str] = mapped_column(Text)
+    prompt: Mapped[str]
+    completion: Mapped[str]
     reward: Mapped[float | None]
     """None: not graded (failed or abstained), never 0 in its place."""
     sub_scores: Mapped[dict[str, Any]]
-    explanation: Mapped[str | None] = mapped_column(Text)
+    explanation: Mapped[str | None]
     advantage: Mapped[float | None]
     finish_reason: Mapped[str]
     num_tokens: Mapped[int]
@@ -262,13 +292,14 @@ class Sample(Base):
 
 
 class RelayOffset(Base):
-    """How far (in bytes, at a line's end) an attempt's file is stored."""
+    """How much of an attempt's file is stored: bytes up to a line's end, and lines."""
 
     __tablename__ = "relay_offsets"
     job_id: Mapped[str] = _job_column()
     attempt: Mapped[int] = mapped_column(primary_key=True)
     file: Mapped[str] = mapped_column(primary_key=True)
     offset: Mapped[int] = mapped_column(BigInteger)
+    lines: Mapped[int] = mapped_column(BigInteger)
 
 
 class Checkpoint(Base):
@@ -291,7 +322,7 @@ class CheckpointFile(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     blob: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str]
 
 
 class ResumePoint(Base):
@@ -312,22 +343,24 @@ class ResumePointFile(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     blob: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str]
+
+
+UPLOADING, READY = "uploading", "ready"
 
 
 class BlobManifest(BlobBase):
-    """One stored byte string. `uploading` until its writer is done; then `ready` and never changed."""
+    """One stored byte string. UPLOADING until its writer is done; then READY and never changed."""
 
     __tablename__ = "blob_manifests"
     __table_args__ = (Index(None, "status", "created_at"),)
     id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     status: Mapped[str]
-    token: Mapped[str]
     expires_at: Mapped[float | None]
     """While `uploading`: when the collector may take it for abandoned."""
     bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str]
     created_at: Mapped[float]
 
 
@@ -335,7 +368,7 @@ class BlobChunk(BlobBase):
     """Bytes by their SHA-256: in `data`, or in the object store under `object_key`."""
 
     __tablename__ = "blob_chunks"
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    digest: Mapped[str] = mapped_column(primary_key=True)
     size: Mapped[int]
     data: Mapped[bytes | None] = mapped_column(LargeBinary)
     object_key: Mapped[str | None]
