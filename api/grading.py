@@ -1,0 +1,139 @@
+"""Graders as a request names them: pinned for a job, masked for an echo, run once for `graders/run`. Runs no user code in this process."""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from api.requests import RunGrader
+from core.errors import InvalidRequest, NotFound
+from core.grader_specs import (
+    GraderSpec,
+    InlineEndpointGrader,
+    MultiGrader,
+    PinnedEndpointGrader,
+    PinnedGraderSpec,
+    PinnedMultiGrader,
+    PinnedSingleGrader,
+    RegisteredEndpointGrader,
+    SingleGrader,
+)
+from database.graders import MASK, pin_grader, read_secrets
+from database.secrets import Secrets
+from graders.build import build_grader
+from graders.check import check_programs, endpoints_of
+from graders.grade import Grade, GradeRequest
+from graders.python_sandbox import SandboxLimits
+from outbound.safe_http import NetworkPolicy
+
+INLINE = "inline"
+CHECK_LIMITS = SandboxLimits(seconds=2.0, num_processes=1)
+RUN_TIMEOUT_SECONDS = 60.0
+"""`graders/run` asks an endpoint once, and not longer than this, whatever the grader says."""
+
+Secret = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pinned:
+    spec: PinnedGraderSpec
+    inline_secrets: dict[str, Secret]
+    """{secret_ref: {"headers", "signing_secret"}} of the endpoints given inline; a registered one's stay with its version."""
+
+
+def check_sources(spec: GraderSpec, param: str) -> None:
+    """Loads `spec`'s programs in the sandbox. Raises: InvalidRequest naming the source of one that does not load."""
+    asyncio.run(check_programs(spec, param, CHECK_LIMITS))
+
+
+def pin(session: Session, project_id: str, spec: GraderSpec, param: str) -> Pinned:
+    """`spec` with every endpoint in the version that is current now. Raises: InvalidRequest for a grader that is not the project's."""
+    secrets: dict[str, Secret] = {}
+    if not isinstance(spec, MultiGrader):
+        return Pinned(_pin_single(session, project_id, spec, param, INLINE, secrets), secrets)
+    members = {
+        name: _pin_single(session, project_id, member, f"{param}.graders.{name}", f"{INLINE}:{name}", secrets)
+        for name, member in spec.graders.items()
+    }
+    return Pinned(PinnedMultiGrader(type="multi", name=spec.name, graders=members, calculate_output=spec.calculate_output), secrets)
+
+
+def _pin_single(
+    session: Session, project_id: str, spec: SingleGrader, param: str, reference: str, secrets: dict[str, Secret]
+) -> PinnedSingleGrader:
+    if isinstance(spec, RegisteredEndpointGrader):
+        try:
+            pinned = pin_grader(session, project_id, spec.grader_id)
+        except NotFound as error:
+            raise InvalidRequest(error.message, code="grader_not_found", param=f"{param}.grader_id") from error
+        return pinned.model_copy(update={"name": spec.name or pinned.name})
+    if isinstance(spec, InlineEndpointGrader):
+        secrets[reference] = {"headers": spec.headers, "signing_secret": None}
+        fields = spec.model_dump(exclude={"headers"})
+        return PinnedEndpointGrader(**fields, secret_ref=reference, grader_version=INLINE)
+    return spec
+
+
+def masked(raw: dict[str, Any]) -> dict[str, Any]:
+    """A grader's JSON, as sent or as parsed, with the value of every header hidden."""
+    if raw.get("type") == "endpoint" and isinstance(raw.get("headers"), dict):
+        return {**raw, "headers": dict.fromkeys(raw["headers"], MASK)}
+    members = raw.get("graders")
+    if raw.get("type") != "multi" or members is None:
+        return raw
+    if isinstance(members, list):
+        return {**raw, "graders": [masked(member) for member in members]}
+    if isinstance(members.get("type"), str):
+        return {**raw, "graders": masked(members)}
+    return {**raw, "graders": {name: masked(member) for name, member in members.items()}}
+
+
+def secrets_of(session: Session, secrets: Secrets, pinned: Pinned) -> dict[str, Secret]:
+    """Everything that `build_grader` needs to call the endpoints of `pinned`."""
+    registered = {endpoint.secret_ref for endpoint in endpoints_of(pinned.spec)} - pinned.inline_secrets.keys()
+    return {**pinned.inline_secrets, **{reference: read_secrets(session, secrets, reference) for reference in registered}}
+
+
+def run_once(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader) -> Grade:
+    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else."""
+    return asyncio.run(_grade(_for_one_try(spec), secrets, network, _grade_request(request)))
+
+
+async def _grade(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: GradeRequest) -> Grade:
+    grader = build_grader(spec, secrets, network)
+    try:
+        return await grader.grade(request)
+    finally:
+        await grader.close()
+
+
+def _grade_request(request: RunGrader) -> GradeRequest:
+    item = dict(request.item or {})
+    if request.reference_answer is not None:
+        item.setdefault("reference_answer", request.reference_answer)
+    return GradeRequest(item=item, output_text=request.model_sample, output_json=_json_or_none(request.model_sample))
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _for_one_try(spec: PinnedGraderSpec) -> PinnedGraderSpec:
+    if isinstance(spec, PinnedMultiGrader):
+        return spec.model_copy(update={"graders": {name: _one_try(member) for name, member in spec.graders.items()}})
+    return _one_try(spec)
+
+
+def _one_try(spec: PinnedSingleGrader) -> PinnedSingleGrader:
+    if not isinstance(spec, PinnedEndpointGrader):
+        return spec
+    return spec.model_copy(update={"max_attempts": 1, "timeout_seconds": min(spec.timeout_seconds, RUN_TIMEOUT_SECONDS)})

@@ -1,0 +1,159 @@
+"""Fine-tuning jobs: create, watch, cancel."""
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Query, Request
+
+from api.auth import JobReader, JobWriter
+from api.bodies import JsonBody, documents
+from api.pagination import After, Limit, ListPage, list_page
+from api.requests import CreateJobBody
+from api.schemas import Job, JobCheckpoint, JobEvent, MetricList, Sample
+from api.services import Services, get_services
+from api.submission import submit_job
+from api.views import SAMPLE_PREFIX, checkpoint_view, event_view, job_view, metric_view, sample_view
+from core.errors import InvalidRequest
+from database.checkpoints import list_checkpoints
+from database.jobs import cancel_job, get_job, list_jobs
+from database.progress import list_events, list_metrics, list_samples
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
+HasServices = Annotated[Services, Depends(get_services)]
+MAX_NUMBER = 2**53
+Number = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
+Reward = Annotated[float | None, Query(allow_inf_nan=False)]
+
+EXAMPLE: dict[str, Any] = {
+    "model": "SmolLM2-135M-Instruct",
+    "training_file": "file-abc123",
+    "method": {
+        "type": "reinforcement",
+        "reinforcement": {
+            "grader": {"type": "endpoint", "grader_id": "grader_abc123"},
+            "algorithm": "grpo",
+            "hyperparameters": {"n_epochs": 2, "batch_size": 16, "group_size": 8, "kl_coefficient": 0.02},
+        },
+    },
+    "suffix": "arithmetic",
+}
+
+
+@router.post("", openapi_extra=documents(CreateJobBody, grpo=EXAMPLE))
+async def create_job(body: JsonBody, caller: JobWriter, services: HasServices) -> Job:
+    """Submits a job. Its files are read afterwards, while its status is `validating_files`."""
+    job = await to_thread.run_sync(partial(submit_job, services, caller.project_id, body), limiter=services.submissions)
+    return job_view(job, services.settings.organization_id)
+
+
+@router.get("")
+def list_all_jobs(request: Request, caller: JobReader, services: HasServices, after: After = None, limit: Limit = 20) -> ListPage[Job]:
+    """The project's jobs, newest first. `metadata[key]=value` keeps those with all given pairs, `metadata=null` those without any."""
+    with services.database.reading() as session:
+        page = list_jobs(session, caller.project_id, after=after, limit=limit, metadata=_metadata_filter(request))
+        return list_page(page, lambda job: job_view(job, services.settings.organization_id))
+
+
+@router.get("/{job_id}")
+def retrieve_job(job_id: str, caller: JobReader, services: HasServices) -> Job:
+    with services.database.reading() as session:
+        return job_view(get_job(session, caller.project_id, job_id), services.settings.organization_id)
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: str, caller: JobWriter, services: HasServices) -> Job:
+    """Cancels at once, as far as the status goes; a running trainer stops within 45 seconds. Checkpoints stay."""
+    with services.database.transaction() as session:
+        return job_view(cancel_job(session, caller.project_id, job_id), services.settings.organization_id)
+
+
+@router.get("/{job_id}/events")
+def list_job_events(job_id: str, caller: JobReader, services: HasServices, after: After = None, limit: Limit = 20) -> ListPage[JobEvent]:
+    """What happened, newest first."""
+    with services.database.reading() as session:
+        get_job(session, caller.project_id, job_id)
+        return list_page(list_events(session, job_id, after=after, limit=limit), event_view)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_job_checkpoints(
+    job_id: str, caller: JobReader, services: HasServices, after: After = None, limit: Limit = 10
+) -> ListPage[JobCheckpoint]:
+    """Weights that can be sampled from, newest first."""
+    with services.database.reading() as session:
+        get_job(session, caller.project_id, job_id)
+        return list_page(list_checkpoints(session, job_id, after=after, limit=limit), checkpoint_view)
+
+
+@router.get("/{job_id}/metrics")
+def list_job_metrics(
+    job_id: str,
+    caller: JobReader,
+    services: HasServices,
+    after: Number = 0,
+    names: Annotated[str | None, Query(max_length=4096, description="Separated by commas; all when absent.")] = None,
+    max_points: Annotated[int | None, Query(ge=1, le=10_000, description="Thins every curve to at most so many points.")] = None,
+) -> MetricList:
+    """Points in the order in which they were stored. Poll with `after` = the answer's `last_seq`."""
+    wanted = names.split(",") if names else None
+    with services.database.reading() as session:
+        get_job(session, caller.project_id, job_id)
+        page = list_metrics(session, job_id, after=after, names=wanted, max_points=max_points)
+        data = [metric_view(metric) for metric in page.items]
+    return MetricList(data=data, has_more=page.has_more, last_seq=data[-1].seq if data else after)
+
+
+@router.get("/{job_id}/samples")
+def list_job_samples(
+    job_id: str,
+    caller: JobReader,
+    services: HasServices,
+    step: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
+    phase: Literal["train", "valid"] | None = None,
+    order: Annotated[Literal["seq", "reward", "-reward"], Query(description="As stored, or by reward from the lowest or highest.")] = "seq",
+    min_reward: Reward = None,
+    max_reward: Reward = None,
+    after: After = None,
+    limit: Limit = 20,
+) -> ListPage[Sample]:
+    """Prompts and completions with their grades; those without a grade come last when ordered by reward."""
+    with services.database.reading() as session:
+        get_job(session, caller.project_id, job_id)
+        page = list_samples(
+            session,
+            job_id,
+            step=step,
+            phase=phase,
+            order=order,
+            min_reward=min_reward,
+            max_reward=max_reward,
+            after=_sample_number(after),
+            limit=limit,
+        )
+        return list_page(page, sample_view)
+
+
+def _sample_number(after: str | None) -> int | None:
+    """The number in a sample's id. Raises: InvalidRequest."""
+    if after is None:
+        return None
+    digits = after.removeprefix(SAMPLE_PREFIX)
+    if digits == after or not (digits.isascii() and digits.isdecimal()) or len(digits) > 16:
+        raise InvalidRequest(f"'after' is {after!r}; it must be the id of a sample.", param="after")
+    return int(digits)
+
+
+def _metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
+    """`metadata[key]=value` pairs as a dict, "null" for `metadata=null`, None without either. Raises: InvalidRequest."""
+    pairs = {
+        key.removeprefix("metadata[").removesuffix("]"): value
+        for key, value in request.query_params.multi_items()
+        if key.startswith("metadata[") and key.endswith("]")
+    }
+    if pairs:
+        return pairs
+    plain = request.query_params.get("metadata")
+    if plain not in (None, "null"):
+        raise InvalidRequest("'metadata' must be given as metadata[key]=value, or as metadata=null.", param="metadata")
+    return "null" if plain == "null" else None

@@ -1,0 +1,256 @@
+"""What the API answers: the wire contract's objects plus our fields. Built from rows by `api/views.py`; holds no logic."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from core.lifecycle import Status
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error of every route, the router's own included."""
+
+    error: ErrorObject
+    request_id: str
+
+
+class FileObject(BaseModel):
+    id: str = Field(examples=["file-abc123"])
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    expires_at: int | None = None
+    status_details: str | None = None
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str
+    deleted: Literal[True] = True
+
+
+class JobError(BaseModel):
+    code: str
+    message: str
+    param: str | None
+
+
+class Job(BaseModel):
+    """A fine-tuning job. From `options` on: fields that OpenAI's object does not have."""
+
+    id: str = Field(examples=["ftjob-abc123"])
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    model: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: Status
+    training_file: str
+    validation_file: str | None
+    result_files: list[str]
+    trained_tokens: int | None
+    error: JobError | None
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    seed: int
+    integrations: None = None
+    metadata: dict[str, str] | None
+    method: dict[str, Any]
+    user_provided_suffix: str | None
+    options: dict[str, Any]
+    """The effective options, after preset and defaults."""
+    priority: int
+    started_at: int | None
+    current_step: int | None
+    total_steps: int | None
+    pause_reason: str | None
+    attempt: int
+    model_digest: str
+
+
+class JobEvent(BaseModel):
+    id: str = Field(examples=["ftevent-abc123"])
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any]
+
+
+class JobCheckpoint(BaseModel):
+    id: str = Field(examples=["ftckpt_abc123"])
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, float]
+    """`step`, the contract's names where they are known, and every metric of the step."""
+
+
+class MetricPoint(BaseModel):
+    step: int
+    phase: Literal["train", "valid"]
+    name: str
+    value: float | None
+    """None: the trainer reported a number that is not finite."""
+    seq: int
+
+
+class MetricList(BaseModel):
+    """Points in the order in which they were stored; `after=<last_seq>` gives what is newer."""
+
+    object: Literal["list"] = "list"
+    data: list[MetricPoint]
+    has_more: bool
+    last_seq: int
+
+
+class Sample(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job.sample"] = "fine_tuning.job.sample"
+    step: int
+    phase: Literal["train", "valid"]
+    prompt_index: int
+    g: int
+    prompt: str
+    completion: str
+    reward: float | None
+    """None: not graded (failed or abstained); never 0 in its place."""
+    sub_scores: dict[str, float]
+    explanation: str | None
+    advantage: float | None
+    finish_reason: str
+    num_tokens: int
+    grader_version: str
+    attempts: int
+    latency_seconds: float
+    error: str | None
+
+
+class Grader(BaseModel):
+    id: str = Field(examples=["grader_abc123"])
+    object: Literal["grader"] = "grader"
+    created_at: int
+    updated_at: int
+    type: Literal["endpoint"] = "endpoint"
+    name: str
+    version: int
+    url: str
+    format: str
+    headers: dict[str, str]
+    """Every value is shown as "**********"."""
+    timeout_seconds: float
+    max_concurrency: int
+    rate_limit: float | None
+    max_attempts: int
+    reward_range: tuple[float, float] | None
+    pass_threshold: float | None
+
+
+class NewGrader(Grader):
+    """The only answer that shows the signing secret."""
+
+    signing_secret: str = Field(examples=["whsec_..."])
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    kind: Literal["base", "fine_tuned"]
+    digest: str
+    job_id: str | None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ApiKey(BaseModel):
+    id: str
+    object: Literal["api_key"] = "api_key"
+    name: str
+    project_id: str
+    scopes: list[str]
+    hint: str
+    """The end of the key, to tell keys apart."""
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+
+
+class NewApiKey(ApiKey):
+    """The only answer that shows the key."""
+
+    key: str = Field(examples=["hone-..."])
+
+
+class GraderErrors(BaseModel):
+    """The contract's 14 keys: which kind of failure it was."""
+
+    formula_parse_error: bool = False
+    sample_parse_error: bool = False
+    truncated_observation_error: bool = False
+    unresponsive_reward_error: bool = False
+    invalid_variable_error: bool = False
+    other_error: bool = False
+    python_grader_server_error: bool = False
+    python_grader_server_error_type: str | None = None
+    python_grader_runtime_error: bool = False
+    python_grader_runtime_error_details: str | None = None
+    model_grader_server_error: bool = False
+    model_grader_server_error_details: str | None = None
+    model_grader_refusal_error: bool = False
+    model_grader_parse_error: bool = False
+
+
+class GraderRunError(BaseModel):
+    code: str
+    message: str | None
+
+
+class GraderRunMetadata(BaseModel):
+    name: str
+    type: str
+    execution_time: float
+    scores: dict[str, float]
+    token_usage: int | None = None
+    sampled_model_name: str | None = None
+    errors: GraderErrors
+    error: GraderRunError | None
+    """Ours, like the rest: the stable code of the failure."""
+    abstained: bool
+    explanation: str | None
+    attempts: int
+
+
+class GraderRun(BaseModel):
+    """A grader that fails is an answer, not an error: `reward` is then null and `metadata.errors` says why."""
+
+    reward: float | None
+    sub_rewards: dict[str, float]
+    model_grader_token_usage_per_model: dict[str, Any] = Field(default_factory=dict)
+    metadata: GraderRunMetadata
+
+
+class GraderValidation(BaseModel):
+    grader: dict[str, Any]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"

@@ -1,0 +1,158 @@
+"""Rows of the database as the objects that the API answers. Nothing secret is in a row's shown columns, so nothing is filtered here."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from api import schemas
+from core.lifecycle import Status
+from core.options import Options
+from database import models
+from database.graders import MASK
+
+CONTRACT_HYPERPARAMETERS = (
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+    "compute_multiplier",
+    "reasoning_effort",
+    "eval_interval",
+    "eval_samples",
+)
+"""The contract's seven, which a job always shows."""
+
+SAMPLE_PREFIX = "ftsample-"
+"""Before the sample's number in its job."""
+
+CHECKPOINT_METRICS = {
+    "train_loss": "loss",
+    "train_mean_reward": "train_reward_mean",
+    "full_valid_mean_reward": "valid_reward_mean",
+}
+
+
+def _seconds(time: float | None) -> int | None:
+    return None if time is None else int(time)
+
+
+def _columns(row: models.Base, schema: type[BaseModel], **others: Any) -> dict[str, Any]:
+    """`others`, and every column of `row` that has a field of its name in `schema`."""
+    names = schema.model_fields.keys() & row.__table__.columns.keys() - others.keys()
+    return {**{name: getattr(row, name) for name in names}, **others}
+
+
+def file_view(file: models.File) -> schemas.FileObject:
+    return schemas.FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=int(file.created_at),
+        filename=file.filename,
+        purpose=file.purpose,
+        expires_at=_seconds(file.expires_at),
+    )
+
+
+def job_view(job: models.Job, organization_id: str) -> schemas.Job:
+    return schemas.Job(
+        id=job.id,
+        created_at=int(job.created_at),
+        started_at=_seconds(job.started_at),
+        finished_at=_seconds(job.finished_at),
+        estimated_finish=_seconds(job.estimated_finish),
+        model=job.model,
+        model_digest=job.model_digest,
+        fine_tuned_model=job.fine_tuned_model,
+        organization_id=organization_id,
+        status=Status(job.status),
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        result_files=[],
+        trained_tokens=job.trained_tokens,
+        error=_job_error(job),
+        seed=job.seed,
+        metadata=job.job_metadata,
+        method=_method(job),
+        user_provided_suffix=job.suffix,
+        options=job.options,
+        priority=job.priority,
+        current_step=job.current_step,
+        total_steps=job.total_steps,
+        pause_reason=job.pause_reason,
+        attempt=job.attempt,
+    )
+
+
+def _job_error(job: models.Job) -> schemas.JobError | None:
+    if job.error_code is None:
+        return None
+    return schemas.JobError(code=job.error_code, message=job.error_message or "", param=job.error_param)
+
+
+def _method(job: models.Job) -> dict[str, Any]:
+    """The method as it was sent, with the hyperparameters that were not: "auto" in a fresh job, their values once it is validated."""
+    sent = job.request["method"]
+    block = sent["reinforcement"]
+    filled: dict[str, Any] = {}
+    for name in CONTRACT_HYPERPARAMETERS:
+        automatic = Options.model_fields[name].default if name == "reasoning_effort" else "auto"
+        value = job.options.get(name) if job.status != Status.VALIDATING_FILES else None
+        filled[name] = automatic if value is None else value
+    given = {name: value for name, value in (block.get("hyperparameters") or {}).items() if value not in (None, "auto")}
+    algorithm = {"algorithm": job.algorithm}
+    return {**sent, "reinforcement": {**block, **algorithm, "hyperparameters": {**filled, **given}}}
+
+
+def event_view(event: models.Event) -> schemas.JobEvent:
+    return schemas.JobEvent(**_columns(event, schemas.JobEvent, created_at=int(event.created_at)))
+
+
+def checkpoint_view(checkpoint: models.Checkpoint) -> schemas.JobCheckpoint:
+    """The step's metrics under their own names and, where there is a counterpart, under the contract's."""
+    metrics = checkpoint.metrics
+    contract = {theirs: metrics[ours] for theirs, ours in CHECKPOINT_METRICS.items() if ours in metrics}
+    return schemas.JobCheckpoint(
+        id=checkpoint.id,
+        created_at=int(checkpoint.created_at),
+        fine_tuned_model_checkpoint=checkpoint.name,
+        fine_tuning_job_id=checkpoint.job_id,
+        step_number=checkpoint.step,
+        metrics={**metrics, **contract, "step": checkpoint.step},
+    )
+
+
+def metric_view(metric: models.Metric) -> schemas.MetricPoint:
+    return schemas.MetricPoint(**_columns(metric, schemas.MetricPoint))
+
+
+def sample_view(sample: models.Sample) -> schemas.Sample:
+    return schemas.Sample(**_columns(sample, schemas.Sample, id=f"{SAMPLE_PREFIX}{sample.seq}"))
+
+
+def grader_view(grader: models.Grader, version: models.GraderVersion) -> schemas.Grader:
+    return schemas.Grader(
+        id=grader.id,
+        created_at=int(grader.created_at),
+        updated_at=int(version.created_at),
+        name=grader.name,
+        version=version.version,
+        headers=dict.fromkeys(version.header_names, MASK),
+        **version.options,
+    )
+
+
+def model_view(model: models.Model, organization_id: str) -> schemas.Model:
+    owner = "system" if model.project_id is None else organization_id
+    return schemas.Model(**_columns(model, schemas.Model, id=model.name, created=int(model.created_at), owned_by=owner))
+
+
+def key_view(key: models.ApiKey) -> schemas.ApiKey:
+    return schemas.ApiKey(
+        id=key.id,
+        name=key.name,
+        project_id=key.project_id,
+        scopes=key.scopes,
+        hint=key.hint,
+        created_at=int(key.created_at),
+        expires_at=_seconds(key.expires_at),
+        revoked_at=_seconds(key.revoked_at),
+    )
