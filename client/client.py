@@ -96,7 +96,7 @@ class Jobs:
         *,
         step: int | None = None,
         phase: Phase | None = None,
-        order: Literal["reward"] | None = None,
+        order: Literal["seq", "reward", "-reward"] | None = None,
         after: str | None = None,
         limit: int | None = None,
     ) -> Object:

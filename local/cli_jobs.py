@@ -14,7 +14,7 @@ from local.connection import connect
 
 commands = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 FINAL = ("succeeded", "failed", "cancelled")
-SHOWN_METRICS = ("train_reward_mean", "valid_reward_mean", "kl", "tokens_per_second")
+SHOWN_METRICS = ("reward_mean", "valid_reward_mean", "kl_reference", "kl_old", "tokens_per_second")
 POLL_SECONDS = 1.0
 
 
