@@ -27,6 +27,8 @@ from graders.grade import Grade, GradeFailure, GradeRequest, failed
 from graders.reply import finite_number
 
 MAX_SECONDS = 120.0
+PLAIN_TYPES = frozenset({"NoneType", "bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple"})
+"""What `grade` is when it is surely no function; the sandbox has no `callable`."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,12 @@ class PythonGrader:
 
     async def check(self, param: str = "source") -> None:
         """Loads the program without grading. Raises: InvalidRequest when it does not load or defines no `grade`."""
-        error = await self._attempt("callable(grade)", {})
-        if isinstance(error, Grade):
-            raise InvalidRequest(f"'{param}': {error.error_message}", code=error.error, param=param)
+        kind = await self._attempt("type(grade).__name__", {})
+        if isinstance(kind, Grade):
+            raise InvalidRequest(f"'{param}': {kind.error_message}", code=kind.error, param=param)
+        if kind in PLAIN_TYPES:
+            message = f"'{param}': 'grade' must be a function grade(sample, item), not {kind}."
+            raise InvalidRequest(message, code=GradeFailure.PYTHON_RUNTIME.value, param=param)
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None

@@ -1,0 +1,42 @@
+import pytest
+from openai.types.fine_tuning.alpha import GraderRunResponse
+
+from graders.grade import Grade, GradeFailure, failed
+from graders.run_result import error_flags, run_result
+
+FLAG = {
+    GradeFailure.FORMULA_PARSE: "formula_parse_error",
+    GradeFailure.INVALID_VARIABLE: "invalid_variable_error",
+    GradeFailure.PYTHON_RUNTIME: "python_grader_runtime_error",
+    GradeFailure.PYTHON_UNSUPPORTED: "python_grader_runtime_error",
+    GradeFailure.PYTHON_TIMEOUT: "python_grader_runtime_error",
+    GradeFailure.PYTHON_MEMORY: "python_grader_runtime_error",
+    GradeFailure.PYTHON_SERVER: "python_grader_server_error",
+    GradeFailure.TIMEOUT: "unresponsive_reward_error",
+    GradeFailure.CONNECTION: "unresponsive_reward_error",
+    GradeFailure.HTTP: "unresponsive_reward_error",
+}
+
+
+def test_a_good_grade_is_what_the_openai_client_expects() -> None:
+    result = run_result(Grade(0.75, sub_scores={"a": 1.0}, latency_seconds=0.5), name="mine", kind="multi")
+    parsed = GraderRunResponse.model_validate(result, strict=True)
+    assert (parsed.reward, parsed.sub_rewards, parsed.metadata.name, parsed.metadata.type) == (0.75, {"a": 1.0}, "mine", "multi")
+    assert parsed.metadata.execution_time == 0.5
+    assert parsed.metadata.errors.model_extra == {}
+    assert set(result["metadata"]["errors"]) == set(type(parsed.metadata.errors).model_fields)
+    assert not any(result["metadata"]["errors"].values())
+
+
+@pytest.mark.parametrize("failure", list(GradeFailure))
+def test_every_failure_raises_exactly_one_flag_and_no_number(failure: GradeFailure) -> None:
+    result = run_result(failed(failure, "the reason"), name="mine", kind="python")
+    flags = result["metadata"]["errors"]
+    assert [name for name, value in flags.items() if value is True] == [FLAG.get(failure, "other_error")]
+    assert result["reward"] is None
+    assert result["metadata"]["error"] == {"code": failure.value, "message": "the reason"}
+
+
+def test_details_of_a_program_are_given() -> None:
+    assert error_flags(failed(GradeFailure.PYTHON_RUNTIME, "Traceback"))["python_grader_runtime_error_details"] == "Traceback"
+    assert error_flags(failed(GradeFailure.PYTHON_SERVER, "no monty"))["python_grader_server_error_type"] == "no monty"
