@@ -24,7 +24,7 @@ def test_a_good_grade_is_what_the_openai_client_expects() -> None:
     assert (parsed.reward, parsed.sub_rewards, parsed.metadata.name, parsed.metadata.type) == (0.75, {"a": 1.0}, "mine", "multi")
     assert parsed.metadata.execution_time == 0.5
     assert parsed.metadata.errors.model_extra == {}
-    assert set(result["metadata"]["errors"]) == set(type(parsed.metadata.errors).model_fields)
+    assert set(result["metadata"]["errors"]) == {field.alias or name for name, field in type(parsed.metadata.errors).model_fields.items()}
     assert not any(result["metadata"]["errors"].values())
 
 
