@@ -15,8 +15,8 @@ from client.client import Client
 from core.grader_specs import EndpointOptions
 from examples.demo import programs, report, settings
 from examples.demo.comparison import Comparison, compare, row_rewards
-from examples.demo.progress import follow
 from examples.demo.programs import DemoFailed, Programs
+from examples.demo.progress import follow
 from examples.demo.prompts import Row, as_jsonl, make_rows
 from local.models import SMOLLM2_NAME
 
