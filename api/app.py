@@ -19,7 +19,7 @@ ROUTERS = (files.router, jobs.router, alpha_graders.router, graders.router, mode
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application for `settings`; None: those of the environment, read when it starts."""
-    app = FastAPI(title="Hone", version=VERSION, lifespan=_lifespan(settings), redirect_slashes=False)
+    app = FastAPI(title="Hone", version=VERSION, lifespan=_lifespan(settings), redirect_slashes=False, docs_url=None, redoc_url=None)
     install_error_handlers(app)
     install_openapi(app)
     for router in ROUTERS:
@@ -37,7 +37,7 @@ def _lifespan(settings: Settings | None) -> Callable[[FastAPI], AbstractAsyncCon
         try:
             yield
         finally:
-            services.database.close()
+            await to_thread.run_sync(services.close)
 
     return lifespan
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 
+from api.ringer import Ringer
 from core.doorbell import Doorbell
 from core.settings import Settings
 from database.blobs import BlobStore
@@ -23,7 +24,9 @@ class Services:
     database: Database
     blobs: BlobStore
     secrets: Secrets
-    doorbell: Doorbell
+    validation_bell: Ringer
+    """Tells housekeeping that a job waits to be validated."""
+
     network: NetworkPolicy
     uploads: CapacityLimiter
     """Threads for uploads, so that slow senders cannot take those that answer everybody else."""
@@ -34,6 +37,10 @@ class Services:
     submissions: CapacityLimiter
     """Threads for new jobs, which may wait for the sandbox to load a grader's program."""
 
+    def close(self) -> None:
+        self.validation_bell.close()
+        self.database.close()
+
 
 def open_services(settings: Settings) -> Services:
     """Raises: StorageError or a database error when this installation cannot be opened."""
@@ -43,7 +50,7 @@ def open_services(settings: Settings) -> Services:
         database=database,
         blobs=BlobStore(database, settings),
         secrets=load_secrets(settings),
-        doorbell=Doorbell(settings),
+        validation_bell=Ringer(Doorbell(settings).wake_validation),
         network=NetworkPolicy(settings.allowed_private_networks, settings.allow_http_graders),
         uploads=CapacityLimiter(CONCURRENT_UPLOADS),
         grader_runs=CapacityLimiter(CONCURRENT_GRADER_RUNS),

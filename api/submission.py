@@ -41,7 +41,7 @@ def submit_job(services: Services, project_id: str, raw: Any) -> Job:
     request = _check(services, raw)
     with services.database.transaction() as session:
         job = _insert(session, services, project_id, request)
-    services.doorbell.wake_validation()
+    services.validation_bell.ring()
     return job
 
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 from api.auth import Caller, GraderWriter
 from api.bodies import JsonBody, documents, parse_body
 from api.grading import check_sources, masked, pin, run_once, secrets_of
-from api.requests import RunGraderBody, ValidateGraderBody, RunGrader, ValidateGrader
+from api.requests import RunGrader, RunGraderBody, ValidateGrader, ValidateGraderBody
 from api.schemas import GraderRun, GraderValidation
 from api.services import Services, get_services
 from core.specs import parse_grader
