@@ -23,6 +23,7 @@ def create(
     file: Annotated[Path, typer.Argument(help="The body of POST /v1/fine_tuning/jobs as JSON.", exists=True, dir_okay=False)],
     train: Annotated[Path | None, typer.Option(help="Upload this file and use it as training_file.", exists=True, dir_okay=False)] = None,
     valid: Annotated[Path | None, typer.Option(help="Upload this file and use it as validation_file.", exists=True, dir_okay=False)] = None,
+    grader: Annotated[str | None, typer.Option(help="Use this registered grader.")] = None,
 ) -> None:
     """Submits a job; prints its id."""
     request = read_request(file)
@@ -31,7 +32,17 @@ def create(
             request["training_file"] = client.files.upload(train)["id"]
         if valid:
             request["validation_file"] = client.files.upload(valid)["id"]
+        if grader:
+            use_grader(request, grader)
         typer.echo(client.jobs.create(request)["id"])
+
+
+def use_grader(request: Object, grader_id: str) -> None:
+    """Puts a registered grader into the request. Raises: InvalidRequest."""
+    try:
+        request["method"]["reinforcement"]["grader"] = {"type": "endpoint", "grader_id": grader_id}
+    except (KeyError, TypeError) as error:
+        raise InvalidRequest("--grader needs a request with method.reinforcement.", param="method") from error
 
 
 def read_request(file: Path) -> Object:
