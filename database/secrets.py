@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -51,8 +52,7 @@ def ensure_secret_key(settings: Settings) -> None:
     if settings.secret_key.get_secret_value() or path.exists():
         return
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_name(f"secret_key.{os.getpid()}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    descriptor, aside = tempfile.mkstemp(prefix="secret_key.", dir=settings.home)
     with os.fdopen(descriptor, "wb") as file:
         file.write(Fernet.generate_key() + b"\n")
         file.flush()
@@ -62,4 +62,4 @@ def ensure_secret_key(settings: Settings) -> None:
     except FileExistsError:
         pass
     finally:
-        aside.unlink()
+        os.unlink(aside)
