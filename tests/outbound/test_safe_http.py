@@ -1,5 +1,6 @@
 import asyncio
 import datetime
+import re
 import socket
 import ssl
 import time
@@ -227,3 +228,14 @@ def test_tls_checks_the_name_although_the_address_is_pinned(tmp_path: Path) -> N
             asyncio.run(fetch(endpoint.url.replace("localhost", "127.0.0.1"), context=trusting))
         with pytest.raises(httpx.ConnectError, match=r"(?i)certificate"):
             asyncio.run(fetch(endpoint.url))
+
+
+def test_rooms_that_call_out_have_no_client_but_the_guarded_one() -> None:
+    """Every call has the guard and its timeouts because there is no other way out."""
+    root = Path(__file__).parents[2]
+    others = re.compile(
+        r"\bhttpx\.(?:Async)?Client\(|\bhttpx\.(?:get|post|put|request|stream)\(|\burllib\.request\b|\brequests\.|\baiohttp\b"
+    )
+    files = [path for room in ("graders", "outbound", "trainer", "housekeeping") for path in sorted((root / room).glob("*.py"))]
+    found = [str(path.relative_to(root)) for path in files if others.search(path.read_text())]
+    assert found == ["outbound/safe_http.py"]
