@@ -56,6 +56,7 @@ class Graded:
     error: str | None = None
     """Stable code of the failure; None when graded or abstained."""
 
+    error_message: str | None = None
     attempts: int = 1
     latency_seconds: float = 0.0
 

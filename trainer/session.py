@@ -1,0 +1,187 @@
+"""Puts a run together from its directory: every part of the loop, ready at the step where it starts or goes on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import TrainingError
+from core.grader_specs import PinnedGraderSpec
+from core.run_directory import MODEL, REWARDS, TRAIN, VALID, ResolvedJob
+from graders.build import build_grader
+from graders.grade import Grader
+from outbound.safe_http import NetworkPolicy
+from trainer.advantages import Estimator, make_estimator
+from trainer.batch import Prompt
+from trainer.checkpoints import Progress, ResumePoint, find_resume_point, restore_outputs, save_checkpoint, save_resume_point
+from trainer.config import Schedule, grader_version, load_job, longest_prompt, machine_facts, make_schedule, pass_threshold, set_up_machine
+from trainer.control import ControlReader, Pulse
+from trainer.data import PromptOrder, load_prompts
+from trainer.evaluation import Evaluator
+from trainer.grading import GradingService
+from trainer.journal import RewardJournal
+from trainer.metrics import Recorder, Stopwatch
+from trainer.policy import Policy
+from trainer.random import Purpose
+from trainer.redaction import Redactor
+from trainer.rollout import RolloutEngine, Sampling
+from trainer.tokens import end_token_ids, ignored_sampling_defaults, load_tokenizer
+from trainer.update import Learner
+
+Secrets = dict[str, dict[str, Any]]
+MakeGrader = Callable[[PinnedGraderSpec, Secrets, NetworkPolicy], Grader]
+
+
+@dataclass
+class Run:
+    """The parts of one run and where it stands."""
+
+    directory: Path
+    job: ResolvedJob
+    device: torch.device
+    schedule: Schedule
+    prompts: list[Prompt]
+    order: PromptOrder
+    policy: Policy
+    engine: RolloutEngine
+    learner: Learner
+    estimator: Estimator
+    grading: GradingService
+    evaluator: Evaluator | None
+    """None without validation rows."""
+
+    recorder: Recorder
+    control: ControlReader
+    ends: frozenset[int]
+    facts: dict[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+
+    def sampling(self, purpose: Purpose, step: int, temperature: float | None = None) -> Sampling:
+        return make_sampling(self.job, self.ends, purpose, step, temperature)
+
+    def advance(self, **changes: Any) -> None:
+        self.progress = self.progress.model_copy(update=changes)
+
+    def save_checkpoint(self) -> Path:
+        """The model of the current step, with the step's metrics."""
+        progress = self.progress
+        valid = progress.valid_metrics if progress.evaluated_step == progress.step else {}
+        return save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, self.facts)
+
+    def save_resume_point(self) -> Path:
+        lines = self.grading.journal.lines_after(self.progress.step)
+        weights, optimizers = self.policy.trainable_state(), self.learner.state()
+        return save_resume_point(self.directory, self.progress, weights, optimizers, lines, self.facts)
+
+    def close(self) -> None:
+        self.grading.close()
+        self.recorder.close()
+
+
+def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: Pulse, make_grader: MakeGrader = build_grader) -> Run:
+    """Raises: InvalidRequest for rows that do not fit the model, TrainingError for a directory that is not whole."""
+    job = load_job(directory)
+    device = set_up_machine(job)
+    policy = Policy.load(directory / MODEL, job.options, job.seed, device)
+    tokenizer = load_tokenizer(directory / MODEL)
+    prompts = _load_rows(directory / TRAIN, "training_file", job, policy, tokenizer)
+    if not prompts:
+        raise TrainingError(f"{TRAIN} has no rows.")
+    schedule = make_schedule(job.options, len(prompts))
+    point = find_resume_point(directory)
+    restore_outputs(directory, point)
+    redactor = Redactor(secrets)
+    recorder = Recorder(directory, redactor, grader_version(job.grader), schedule.total_steps)
+    network = NetworkPolicy(job.allowed_private_networks, job.allow_http_graders)
+    journal = RewardJournal(directory / REWARDS)
+    grading = GradingService(job, lambda: make_grader(job.grader, secrets, network), journal, redactor, pulse.progress)
+    engine = RolloutEngine(policy, tokenizer, job.options.precision)
+    ends = end_token_ids(tokenizer, policy.generation_config)
+    run = Run(
+        directory=directory,
+        job=job,
+        device=device,
+        schedule=schedule,
+        prompts=prompts,
+        order=PromptOrder(job.seed, len(prompts), schedule.batch_size),
+        policy=policy,
+        engine=engine,
+        learner=Learner(policy, job.options, job.seed, schedule.total_steps, pulse.progress),
+        estimator=make_estimator(job.options),
+        grading=grading,
+        evaluator=_make_evaluator(directory, job, policy, tokenizer, engine, grading, ends),
+        recorder=recorder,
+        control=control,
+        ends=ends,
+        facts=machine_facts(job.options, device),
+    )
+    _announce_oddities(run)
+    if point is not None:
+        _restore(run, point)
+    return run
+
+
+def make_sampling(job: ResolvedJob, ends: frozenset[int], purpose: Purpose, step: int, temperature: float | None = None) -> Sampling:
+    options = job.options
+    return Sampling(
+        seed=job.seed,
+        purpose=purpose,
+        step=step,
+        round_=0,
+        temperature=options.temperature if temperature is None else temperature,
+        max_completion_tokens=options.max_completion_tokens,
+        stop=options.stop,
+        end_token_ids=ends,
+    )
+
+
+def _load_rows(path: Path, param: str, job: ResolvedJob, policy: Policy, tokenizer: Any) -> list[Prompt]:
+    """The prompts of a file; none where it does not exist."""
+    if not path.exists():
+        return []
+    return load_prompts(path, param, tokenizer, longest_prompt(job.options, policy.model_config), job.options.reasoning_effort)
+
+
+def _make_evaluator(
+    directory: Path,
+    job: ResolvedJob,
+    policy: Policy,
+    tokenizer: Any,
+    engine: RolloutEngine,
+    grading: GradingService,
+    ends: frozenset[int],
+) -> Evaluator | None:
+    prompts = _load_rows(directory / VALID, "validation_file", job, policy, tokenizer)
+    if not prompts:
+        return None
+
+    def sampling(purpose: Purpose, step: int, temperature: float) -> Sampling:
+        return make_sampling(job, ends, purpose, step, temperature)
+
+    return Evaluator(prompts, engine, grading, job.options, sampling, pass_threshold(job.grader))
+
+
+def _announce_oddities(run: Run) -> None:
+    """Events for what the run does otherwise than its request might lead one to expect."""
+    options = run.job.options
+    if run.schedule.batch_size < options.batch_size:
+        message = f"batch_size {options.batch_size} is more than the {len(run.prompts)} training rows: a step takes each row once."
+        run.recorder.event(message, "warn", data={"code": "batch_size_reduced"})
+    ignored = ignored_sampling_defaults(run.policy.generation_config)
+    if ignored:
+        run.recorder.event(f"The model's own sampling defaults are not used: {ignored}.", data={"code": "sampling_defaults_ignored"})
+    if options.needs_reference and options.kl_estimator == "k3" and options.kl_placement == "reward":
+        run.recorder.event("kl_estimator 'k3' in the reward has a biased gradient; 'k1' has not.", "warn", data={"code": "kl_biased"})
+
+
+def _restore(run: Run, point: ResumePoint) -> None:
+    point.load(run.policy.load_trainable_state, run.learner.load_state)
+    run.progress = point.progress
+    differing = {name for name, value in run.facts.items() if point.manifest.facts.get(name) != value}
+    run.recorder.event(f"Resumed after step {run.progress.step}.", data={"code": "resumed", "step": run.progress.step})
+    if differing:
+        message = f"Going on where {', '.join(sorted(differing))} differ: numbers will not be bit-identical to an uninterrupted run."
+        run.recorder.event(message, "warn", data={"code": "resume_not_exact", "differing": sorted(differing)})
