@@ -34,9 +34,9 @@ PLANS = {
 
 
 def hyperparameters(algorithm: str, steps: int | None) -> dict[str, Any]:
-    """What the job is sent. Evaluation happens before the first step and after the last one only."""
+    """What the job is sent. It evaluates before the first step and after the last one only, and is too short for resume points."""
     chosen = dict(PLANS[algorithm].hyperparameters)
     if steps is not None:
         chosen["max_steps"] = steps
         chosen["warmup_steps"] = min(steps, chosen["warmup_steps"])
-    return {**chosen, "eval_interval": chosen["max_steps"]}
+    return {**chosen, **dict.fromkeys(("eval_interval", "checkpoint_interval", "resume_point_interval"), chosen["max_steps"])}
