@@ -43,7 +43,7 @@ class Account:
     """A TestClient."""
 
     def get(self, path: str, **params: Any) -> Any:
-        return self.request("GET", path, params=params)
+        return self.request("GET", path, **({"params": params} if params else {}))
 
     def post(self, path: str, body: Any = None) -> Any:
         return self.request("POST", path, json=body) if body is not None else self.request("POST", path)
