@@ -53,6 +53,18 @@ def get_model(session: Session, project_id: str, name: str) -> Model:
     return model
 
 
+def get_pinned_model(session: Session, project_id: str, name: str, digest: str) -> Model:
+    """The model that a job named at submit, also if it was hidden since. Raises: NotFound when the name means another one now."""
+    is_visible = (Model.project_id == project_id) | Model.project_id.is_(None)
+    query = select(Model).where(Model.name == name, Model.digest == digest, is_visible)
+    query = query.order_by(Model.deleted_at.is_not(None), Model.project_id.is_(None), Model.created_at.desc()).limit(1)
+    model = session.execute(query).scalar_one_or_none()
+    if model is None:
+        message = f"The model '{name}' is not the one that the job was submitted for."
+        raise NotFound(message, code="model_not_found", param="model")
+    return model
+
+
 def list_models(session: Session, project_id: str) -> list[Model]:
     """Newest first."""
     query = select(Model).where(_is_visible(project_id)).order_by(Model.created_at.desc(), Model.id.desc())

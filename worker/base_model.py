@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.errors import InvalidRequest, StorageError
+from database.base_models import get_pinned_model
 from database.checkpoints import checkpoint_files
-from database.models import Checkpoint, CheckpointFile, Job, Model
+from database.models import Checkpoint, CheckpointFile
 from worker.context import CONVERT_COMMAND, Holding
 from worker.fetch import fetch_file
 from worker.trainer_process import TrainerProcess, start_converter
@@ -26,27 +26,14 @@ LOG_END = 2000
 
 
 def model_folder(holding: Holding) -> Path:
-    """Raises: InvalidRequest where the source is gone or cannot be converted; StorageError; LeaseLost, WindDown."""
-    model = holding.read(lambda session: pinned_model(session, holding.claim.job))
-    source = model.source
+    """Raises: InvalidRequest where the source is gone or cannot be converted; NotFound, StorageError; LeaseLost, WindDown."""
+    job = holding.claim.job
+    source = holding.read(lambda session: get_pinned_model(session, job.project_id, job.model, job.model_digest)).source
     if source["type"] == "folder":
         return _existing(Path(source["path"]))
     if source["type"] == "checkpoint":
         return _fetched(holding, source["checkpoint"])
     return _converted(holding, source)
-
-
-def pinned_model(session: Session, job: Job) -> Model:
-    """The model that the job named at submit, also if it was hidden since. Raises: InvalidRequest when it is another one now."""
-    is_visible = (Model.project_id == job.project_id) | Model.project_id.is_(None)
-    query = select(Model).where(Model.name == job.model, Model.digest == job.model_digest, is_visible)
-    query = query.order_by(Model.deleted_at.is_not(None), Model.project_id.is_(None), Model.created_at.desc()).limit(1)
-    model = session.execute(query).scalar_one_or_none()
-    if model is None:
-        raise InvalidRequest(
-            f"The model '{job.model}' is not the one that the job was submitted for.", code="model_not_found", param="model"
-        )
-    return model
 
 
 def _existing(folder: Path) -> Path:

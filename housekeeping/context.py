@@ -1,0 +1,27 @@
+"""What a housekeeping process has, shared by its threads."""
+
+import threading
+from dataclasses import dataclass, field
+
+from core.doorbell import Doorbell
+from core.settings import Settings
+from database.blobs import BlobStore
+from database.session import Database, open_database
+
+
+@dataclass(frozen=True)
+class Housekeeping:
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    doorbell: Doorbell
+    validating: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the one thread that validates, so that the sweep always finds another."""
+
+    tries: dict[str, int] = field(default_factory=dict)
+    """How often the validation of a job broke; only the thread that validates touches it."""
+
+
+def open_housekeeping(settings: Settings) -> Housekeeping:
+    database = open_database(settings)
+    return Housekeeping(settings=settings, database=database, blobs=BlobStore(database, settings), doorbell=Doorbell(settings))
