@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_CHUNK_LOGITS = 2**24
-"""Logits computed at once: 64 MiB in float32."""
+MAX_CHUNK_LOGITS = 2**25
+"""Logits computed at once: 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,17 @@ class _ScoreTokens(torch.autograd.Function):
         temperature: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.head, ctx.temperature, ctx.dtype = head, temperature, dtype
         ctx.set_materialize_grads(False)
         working = Head(weight.to(dtype), bias, head.scale, head.soft_cap)
-        logprobs, entropies = [], []
-        for chunk in _chunks(hidden, weight):
-            part, target = hidden[chunk], targets[chunk]
-            scaled = working.logits(part, dtype).div_(temperature)
-            normaliser = scaled.logsumexp(-1)
-            logprobs.append(scaled.gather(1, target[:, None])[:, 0] - normaliser)
-            probabilities = scaled.sub(normaliser[:, None]).exp_()
-            entropies.append(normaliser - torch.einsum("nv,nv->n", probabilities, scaled))
-        return torch.cat(logprobs), torch.cat(entropies)
+        columns = [_score_chunk(working, hidden[chunk], targets[chunk], temperature, dtype) for chunk in _chunks(hidden, weight)]
+        logprobs, entropies, normalisers = (torch.cat(column) for column in zip(*columns, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+        return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        of_logprobs, of_entropies = gradients
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
         working = Head(weight.to(ctx.dtype), bias, ctx.head.scale, ctx.head.soft_cap)
         hidden_gradient = torch.empty_like(hidden)
         needs_weight, needs_bias = ctx.needs_input_grad[1:3]
@@ -95,8 +88,9 @@ class _ScoreTokens(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for chunk in _chunks(hidden, weight):
             part = hidden[chunk]
-            parts = [None if whole is None else whole[chunk] for whole in (of_logprobs, of_entropies)]
-            delta = _logits_gradient(working, part, targets[chunk], parts, ctx.temperature, ctx.dtype)
+            parts = [None if whole is None else whole[chunk] for whole in gradients]
+            known = (normalisers[chunk], entropies[chunk])
+            delta = _logits_gradient(working, working.logits(part, ctx.dtype), targets[chunk], known, parts, ctx.temperature)
             narrow = delta.to(ctx.dtype)
             hidden_gradient[chunk] = narrow @ working.weight
             if weight_gradient is not None:
@@ -106,22 +100,45 @@ class _ScoreTokens(torch.autograd.Function):
         return hidden_gradient, _as(weight_gradient, weight), _as(bias_gradient, bias), None, None, None, None
 
 
+def _score_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, entropies, log-normalisers), each [n]."""
+    scaled = _divide(head.logits(hidden, dtype), temperature)
+    largest = scaled.amax(-1)
+    below = scaled.sub_(largest[:, None])
+    weights = below.exp()
+    total = weights.sum(-1)
+    log_total = total.log()
+    entropies = log_total - torch.einsum("nv,nv->n", weights, below) / total
+    return below.gather(1, targets[:, None])[:, 0] - log_total, entropies, log_total + largest
+
+
 def _logits_gradient(
-    head: Head, hidden: Tensor, targets: Tensor, gradients: list[Tensor | None], temperature: float, dtype: torch.dtype
+    head: Head, logits: Tensor, targets: Tensor, known: tuple[Tensor, Tensor], gradients: list[Tensor | None], temperature: float
 ) -> Tensor:
-    """d loss / d(hidden @ weight.T + bias) of one chunk. With p = softmax: d logprob = onehot - p, d entropy = -p * (log p + entropy)."""
+    """d loss / d(hidden @ weight.T + bias) of one chunk; `logits` is overwritten.
+
+    With p = softmax: d logprob = onehot - p, d entropy = -p * (log p + entropy).
+    """
+    normalisers, entropies = known
     of_logprobs, of_entropies = gradients
-    logits = head.logits(hidden, dtype)
-    log_p = (logits / temperature).log_softmax(-1)
-    p = log_p.exp()
-    delta = torch.zeros_like(p)
+    capped = logits.clone() if head.soft_cap is not None else logits
+    log_p = _divide(logits, temperature).sub_(normalisers[:, None])
+    if of_entropies is None:
+        delta = log_p.exp_()
+        if of_logprobs is not None:
+            delta.mul_(-of_logprobs[:, None])
+    else:
+        p = log_p.exp()
+        constant = of_entropies * entropies + (0.0 if of_logprobs is None else of_logprobs)
+        delta = log_p.mul_(of_entropies[:, None]).add_(constant[:, None]).mul_(p).neg_()
     if of_logprobs is not None:
-        delta.addcmul_(p, of_logprobs[:, None], value=-1.0)
-        delta.scatter_add_(1, targets[:, None], of_logprobs[:, None].to(p.dtype))
-    if of_entropies is not None:
-        entropies = -torch.einsum("nv,nv->n", p, log_p)
-        delta.addcmul_(p.mul_(log_p.add_(entropies[:, None])), of_entropies[:, None], value=-1.0)
-    return head.finish_gradient(delta.div_(temperature), logits)
+        delta.scatter_add_(1, targets[:, None], of_logprobs[:, None].to(delta.dtype))
+    return head.finish_gradient(_divide(delta, temperature), capped)
+
+
+def _divide(numbers: Tensor, temperature: float) -> Tensor:
+    """In place."""
+    return numbers if temperature == 1.0 else numbers.div_(temperature)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer import logprobs as module
+from trainer.logprobs import Head, score_tokens
+
+TOKENS, HIDDEN, VOCABULARY = 23, 8, 37
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((TOKENS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,))
+    )
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
+
+
+def dense(hidden, weight, bias, targets, temperature, scale, soft_cap):
+    """The same numbers from the whole [N, V] tensor, for autograd to differentiate."""
+    logits = functional.linear(hidden, weight, bias) * scale
+    if soft_cap is not None:
+        logits = torch.tanh(logits / soft_cap) * soft_cap
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * VOCABULARY)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("temperature", "scale", "soft_cap"), [(1.0, 1.0, None), (0.6, 1.0, None), (1.7, 0.25, 3.0)])
+@pytest.mark.parametrize("loss", ["logprobs", "entropy", "both"])
+@pytest.mark.usefixtures("small_chunks")
+def test_chunked_head_equals_dense_autograd_in_float64(has_bias, temperature, scale, soft_cap, loss):
+    hidden, weight, bias, targets = tensors(1)
+    weights = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    used = [hidden, weight, bias] if has_bias else [hidden, weight]
+    bias = bias if has_bias else None
+    ours = score_tokens(hidden, Head(weight, bias, scale, soft_cap), targets, temperature, torch.float64)
+    expected = dense(hidden, weight, bias, targets, temperature, scale, soft_cap)
+    parts = {"logprobs": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (1.0, 0.3)}[loss]
+    gradients = []
+    for pair in (ours, expected):
+        total = sum(part * (weight_ * numbers).sum() for part, weight_, numbers in zip(parts, weights, pair, strict=True) if part)
+        gradients.append(torch.autograd.grad(total, used))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
+    monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * VOCABULARY)
+    rows = []
+    original = Head.logits
+
+    def watched(self, hidden, dtype):
+        rows.append(len(hidden))
+        return original(self, hidden, dtype)
+
+    monkeypatch.setattr(Head, "logits", watched)
+    hidden, weight, _, targets = tensors(1)
+    score_tokens(hidden, Head(weight), targets, 1.0, torch.float64)[0].sum().backward()
+    assert max(rows) == 5
+    assert sum(rows) == 2 * TOKENS
+
+
+def test_a_narrow_product_still_gives_wide_numbers_and_head_gradient():
+    hidden, weight, _, targets = tensors(2, torch.float32)
+    logprobs, entropies = score_tokens(hidden, Head(weight), targets, 1.0, torch.bfloat16)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    exact = torch.autograd.grad(dense(hidden, weight, None, targets, 1.0, 1.0, None)[0].sum(), weight)[0]
+    assert functional.cosine_similarity(weight.grad.flatten(), exact.flatten(), dim=0) > 0.999
+
+
+def test_frozen_head_gets_no_gradient_and_hidden_still_does():
+    hidden, weight, _, targets = tensors(3)
+    frozen = weight.detach()
+    score_tokens(hidden, Head(frozen), targets, 1.0, torch.float64)[0].sum().backward()
+    expected = torch.autograd.grad(dense(hidden, frozen, None, targets, 1.0, 1.0, None)[0].sum(), hidden)[0]
+    torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_no_tokens_give_no_numbers():
+    _, weight, _, _ = tensors(4)
+    hidden = torch.zeros(0, HIDDEN, dtype=torch.float64)
+    logprobs, entropies = score_tokens(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), 1.0, torch.float64)
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_huge_logits_do_not_overflow():
+    hidden, weight, _, targets = tensors(5, torch.float32)
+    logprobs, entropies = score_tokens(hidden * 1e3, Head(weight), targets, 1.0, torch.float32)
+    assert torch.isfinite(logprobs).all()
+    assert torch.isfinite(entropies).all()
