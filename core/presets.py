@@ -51,7 +51,7 @@ def resolve_options(algorithm: str, given: dict[str, Any]) -> Options:
     try:
         options = Options(**merged)
     except ValidationError as error:
-        raise _as_request_error(error, merged, prefix) from error
+        raise _as_request_error(error, explicit, merged, prefix) from error
     for name, why in silenced(options, set(explicit)):
         raise InvalidRequest(f"{name} has no effect with {why}.", code="incompatible_options", param=f"{prefix}.{name}")
     return _fill_automatic(options)
@@ -87,11 +87,12 @@ def _fill_automatic(options: Options) -> Options:
     return options.model_copy(update=filled)
 
 
-def _as_request_error(error: ValidationError, given: dict[str, Any], prefix: str) -> InvalidRequest:
+def _as_request_error(error: ValidationError, explicit: dict[str, Any], merged: dict[str, Any], prefix: str) -> InvalidRequest:
+    """Of two options that contradict each other, the one that the request itself names is the parameter."""
     first = error.errors(include_url=False, include_context=False)[0]
     if not first["loc"]:
         message = str(first["msg"]).removeprefix("Value error, ")
-        named = [name for name in Options.model_fields if name in message]
+        named = sorted((name for name in Options.model_fields if name in message), key=lambda name: name not in explicit)
         return InvalidRequest(message, code="incompatible_options", param=f"{prefix}.{named[0]}" if named else prefix)
     name = str(first["loc"][0])
-    return InvalidRequest(f"'{name}': {first['msg']}; got {given.get(name)!r}.", param=f"{prefix}.{name}")
+    return InvalidRequest(f"'{name}': {first['msg']}; got {merged.get(name)!r}.", param=f"{prefix}.{name}")
