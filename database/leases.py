@@ -128,9 +128,12 @@ def _next_job(gpu_class: str) -> Any:
 def _end_attempt(
     session: Session, job: Job, status: Status | None, error: PlatformError | None, reason: str, max_attempts: int, changes: dict[str, Any]
 ) -> Job:
-    """The job without a holder, in the status that the end of its attempt means. `job` is locked by this transaction."""
+    """The job without a holder, in the status that the end of its attempt means. `job` is locked by this transaction.
+
+    A fault in a wind-down that the user asked for counts for nothing.
+    """
     current = Status(job.status)
-    is_fault = error is not None and error.retryable and status in (None, Status.QUEUED)
+    is_fault = current == Status.RUNNING and error is not None and error.retryable and status in (None, Status.QUEUED)
     failures = job.failures + is_fault
     target = current
     if current == Status.RUNNING:

@@ -1,5 +1,6 @@
 """Chunk bytes in a folder or an S3 bucket (`HONE_BLOB_URL`). Knows keys and bytes; what they mean stands in the database."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +23,7 @@ class ObjectStore:
         try:
             obstore.put(self._store, _path(key), data)
         except (BaseError, OSError) as error:
-            raise StorageError(f"The object store did not take chunk {key}: {error}") from error
+            raise StorageError(f"The object store did not take chunk {key}: {_first_line(error)}") from error
 
     def get(self, key: str) -> bytes:
         """Raises: StorageError."""
@@ -31,7 +32,7 @@ class ObjectStore:
         except FileNotFoundError as error:
             raise StorageError(f"The object store has no chunk {key}.", retryable=False) from error
         except (BaseError, OSError) as error:
-            raise StorageError(f"The object store did not give chunk {key}: {error}") from error
+            raise StorageError(f"The object store did not give chunk {key}: {_first_line(error)}") from error
 
     def delete(self, key: str) -> None:
         """An object that is not there is deleted already. Raises: StorageError."""
@@ -40,17 +41,26 @@ class ObjectStore:
         except FileNotFoundError:
             return
         except (BaseError, OSError) as error:
-            raise StorageError(f"The object store did not delete chunk {key}: {error}") from error
+            raise StorageError(f"The object store did not delete chunk {key}: {_first_line(error)}") from error
 
 
 def open_object_store(url: str) -> ObjectStore:
-    """The store at `file:///folder` (made if need be) or `s3://bucket/prefix` (credentials from the AWS environment)."""
+    """The store at `file:///folder` (made if need be) or `s3://bucket/prefix`.
+
+    Credentials, AWS_REGION, AWS_ENDPOINT and AWS_ALLOW_HTTP come from the environment, as for every S3 client.
+    """
     if url.startswith(FOLDER):
         return ObjectStore(LocalStore(url.removeprefix(FOLDER), mkdir=True))
-    timeouts: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5)}
-    return ObjectStore(from_url(url, client_options=timeouts, retry_config=_RETRY))
+    allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
+    client: Any = {"timeout": timedelta(seconds=60), "connect_timeout": timedelta(seconds=5), "allow_http": allow_http}
+    return ObjectStore(from_url(url, client_options=client, retry_config=_RETRY))
 
 
 def _path(key: str) -> str:
     """Spread over 256 folders, which a file system needs and a bucket does not mind."""
     return f"{key[:2]}/{key}"
+
+
+def _first_line(error: Exception) -> str:
+    """Without the pages of internals that the client appends."""
+    return str(error).partition("\n")[0]

@@ -135,10 +135,14 @@ def list_samples(
     Raises: InvalidRequest for an unknown `after`.
     """
     query = select(Sample).where(Sample.job_id == job_id)
-    filters = [(Sample.step == step, step), (Sample.phase == phase, phase), (Sample.reward >= min_reward, min_reward)]
-    for condition, value in [*filters, (Sample.reward <= max_reward, max_reward)]:
-        if value is not None:
-            query = query.where(condition)
+    if step is not None:
+        query = query.where(Sample.step == step)
+    if phase is not None:
+        query = query.where(Sample.phase == phase)
+    if min_reward is not None:
+        query = query.where(Sample.reward >= min_reward)
+    if max_reward is not None:
+        query = query.where(Sample.reward <= max_reward)
     if after is not None:
         query = query.where(_behind_sample(session, query, order, after))
     if order != "seq":

@@ -22,7 +22,6 @@ def test_transaction_commits_at_exit_and_rolls_back_on_an_error(database):
     with database.transaction() as session:
         make_project(session)
 
-
     def write_and_fail():
         with database.transaction() as session:
             make_project(session)
