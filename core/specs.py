@@ -125,9 +125,11 @@ def request_error(error: ValidationError, model: type[BaseModel], raw: Any, pref
 
 
 def _path_in(raw: Any, location: tuple[int | str, ...]) -> list[str]:
-    """`location` as far as it lies in `raw` and one part beyond: pydantic appends the names of union members."""
+    """`location` as far as it lies in `raw` and one part beyond: pydantic adds the names of union members, which no field has."""
     path: list[str] = []
     for part in location:
+        if isinstance(raw, dict) and part not in raw and part == raw.get("type"):
+            continue
         path.append(str(part))
         try:
             raw = raw[part]

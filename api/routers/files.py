@@ -63,6 +63,7 @@ def list_all(
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, caller: JobReader, services: HasServices) -> FileObject:
+    """One file, without its content."""
     with services.database.reading() as session:
         return file_view(get_file(session, caller.project_id, file_id))
 

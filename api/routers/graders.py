@@ -49,6 +49,7 @@ def list_all_graders(caller: GraderReader, services: HasServices, after: After =
 
 @router.get("/{grader_id}")
 def retrieve_grader(grader_id: str, caller: GraderReader, services: HasServices) -> Grader:
+    """The grader's newest version."""
     with services.database.reading() as session:
         return grader_view(*get_grader(session, caller.project_id, grader_id))
 

@@ -57,6 +57,7 @@ def list_all_jobs(request: Request, caller: JobReader, services: HasServices, af
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, caller: JobReader, services: HasServices) -> Job:
+    """One job as it stands."""
     with services.database.reading() as session:
         return job_view(get_job(session, caller.project_id, job_id), services.settings.organization_id)
 
