@@ -143,6 +143,14 @@ def worker_processes() -> list[int]:
     return [int(pid) for pid, parent, command in fields if int(parent) == os.getpid() and "monty" in command]
 
 
+async def workers_left(seconds: float = 3.0) -> list[int]:
+    """The processes that are still there after at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := worker_processes()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    return left
+
+
 def test_sandbox_process_has_an_empty_environment_and_ends_with_the_grader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HONE_TEST_SECRET", "s3cret-env")
 
@@ -151,11 +159,7 @@ def test_sandbox_process_has_an_empty_environment_and_ends_with_the_grader(monke
         await grader.grade(request())
         environments = [Path(f"/proc/{pid}/environ").read_bytes() for pid in worker_processes()]
         await grader.close()
-        for _ in range(100):
-            if not worker_processes():
-                break
-            await asyncio.sleep(0.02)
-        return environments, worker_processes()
+        return environments, await workers_left()
 
     environments, left = asyncio.run(look())
     assert environments == [b""]
@@ -193,8 +197,8 @@ def test_cancel_kills_the_running_program_at_once() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        seconds, left = time.monotonic() - started, worker_processes()
-        return seconds, left, (await grade_all(grader, request("fine")))[0]
+        seconds = time.monotonic() - started
+        return seconds, await workers_left(), (await grade_all(grader, request("fine")))[0]
 
     seconds, left, after = asyncio.run(cancel())
     assert seconds < 2.0
