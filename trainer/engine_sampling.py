@@ -18,13 +18,15 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
         return tokens, torch.zeros(len(tokens), device=logits.device)
     log_p = (logits / temperature).log_softmax(-1)
     blocks = _blocks(log_p.exp())
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    wanted = _below(uniforms[:, None] * cumulative[:, -1:], cumulative[:, -1:])
+    # Searched on the CPU: torch has no deterministic cumulative sum of floats on a GPU, and these are small.
+    cumulative = blocks.sum(-1, dtype=torch.float64).cpu().cumsum(-1)
+    wanted = _below(uniforms.cpu()[:, None] * cumulative[:, -1:], cumulative[:, -1:])
     block = torch.searchsorted(cumulative, wanted, right=True)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0].double().cumsum(-1)
+    chosen = blocks.gather(1, block[:, :, None].to(blocks.device).expand(-1, -1, _BLOCK))[:, 0]
+    inner = chosen.double().cpu().cumsum(-1)
     place = torch.searchsorted(inner, _below(wanted - before, inner[:, -1:]), right=True)
-    tokens = (block * _BLOCK + place)[:, 0]
+    tokens = (block * _BLOCK + place)[:, 0].to(logits.device)
     return tokens, log_p.gather(1, tokens[:, None])[:, 0]
 
 

@@ -175,7 +175,7 @@ class _Decoding:
             [row.g for row in rows],
             [len(row.token_ids) for row in rows],
         )
-        tokens, logprobs = sample_tokens(logits, sampling.temperature, torch.from_numpy(numbers).to(self._device))
+        tokens, logprobs = sample_tokens(logits, sampling.temperature, torch.from_numpy(numbers))
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)

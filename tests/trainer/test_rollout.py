@@ -238,3 +238,19 @@ def test_nothing_of_a_prompt_position_depends_on_its_place_in_the_call(tiny):
     assert {(rollout.prompt.index, rollout.g): rollout.token_ids for rollout in moved} == plain
     other = sample(policy, tiny, [replace(prompts[0], index=99)], 2)
     assert other[0].token_ids != plain[0, 0]
+
+
+def test_sampling_and_learning_run_under_deterministic_algorithms_bit_for_bit(tiny, engine_kind):
+    policy = make_policy(tiny, precision="bf16")
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = []
+        for _ in range(2):
+            rollouts = sample(policy, tiny, make_prompts(tiny), 4)
+            policy.model.zero_grad()
+            policy.score(batch_of_rollouts(rollouts), 1.0).logprobs.sum().backward()
+            found.append((rollouts, torch.cat([parameter.grad.flatten() for parameter in policy.policy_parameters()])))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
