@@ -1,6 +1,6 @@
 """Who is calling: a bearer key is looked up by its hash and stands for one project and a set of scopes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -37,10 +37,10 @@ def current_caller(
         return Caller(key.project_id, key.id, frozenset(key.scopes))
 
 
-def requires(*scopes: str) -> Callable[[Caller], Caller]:
+def requires(*scopes: str) -> Callable[[Caller], Coroutine[None, None, Caller]]:
     """A dependency: the caller, if its key has one of `scopes` (`admin` has all of them)."""
 
-    def check(caller: Annotated[Caller, Depends(current_caller)]) -> Caller:
+    async def check(caller: Annotated[Caller, Depends(current_caller)]) -> Caller:
         if not caller.scopes & {*scopes, ADMIN}:
             raise NotAuthorized(f"This key lacks the scope {' or '.join(scopes)}.", code="insufficient_scope")
         return caller

@@ -64,5 +64,6 @@ def services_of(app: FastAPI) -> Services:
     return services
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
+    """A dependency. Async only because FastAPI would send it to a thread otherwise."""
     return services_of(request.app)
