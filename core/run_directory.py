@@ -26,7 +26,9 @@ SECRETS_FD = "--secrets-fd"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """NaN and infinity are written as such: as `null` the reader would refuse the line, or take it for "none"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class ModelSource(_Strict):
