@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
 
 from anyio import to_thread
 from fastapi import FastAPI
@@ -13,13 +14,14 @@ from api.routers import admin, alpha_graders, files, graders, health, jobs, mode
 from api.services import open_services
 from core.settings import Settings, load_settings
 
-VERSION = "0.1.0"
 ROUTERS = (files.router, jobs.router, alpha_graders.router, graders.router, models.router, admin.router, health.router)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application for `settings`; None: those of the environment, read when it starts."""
-    app = FastAPI(title="Hone", version=VERSION, lifespan=_lifespan(settings), redirect_slashes=False, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Hone", version=version("hone"), lifespan=_lifespan(settings), redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     install_error_handlers(app)
     install_openapi(app)
     for router in ROUTERS:

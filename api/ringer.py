@@ -5,7 +5,7 @@ from collections.abc import Callable
 from threading import Condition, Thread
 
 logger = logging.getLogger("hone.api")
-CLOSE_SECONDS = 5.0
+CLOSE_SECONDS = 2.0
 
 
 class Ringer:

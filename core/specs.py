@@ -108,7 +108,7 @@ def parse_job_request(raw: Any) -> JobRequest:
 
 
 def request_error(error: ValidationError, model: type[BaseModel], raw: Any, prefix: str) -> InvalidRequest:
-    """The first error of `error` in the API's words."""
+    """The first error of `error` in the API's words. Headers are secrets: what came in their place is not repeated."""
     first = error.errors(include_url=False, include_context=False)[0]
     path = _path_in(raw, first["loc"])
     param = ".".join([prefix, *path] if prefix else path) or None
@@ -119,9 +119,8 @@ def request_error(error: ValidationError, model: type[BaseModel], raw: Any, pref
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return InvalidRequest(f"Unknown parameter: '{param}'.{hint}", code="unknown_parameter", param=param)
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    return InvalidRequest(
-        f"'{param}': {first['msg'].removeprefix('Value error, ')}; got {_shorten(first.get('input'))}.", code=code, param=param
-    )
+    came = "" if "headers" in path else f"; got {_shorten(first.get('input'))}"
+    return InvalidRequest(f"'{param}': {first['msg'].removeprefix('Value error, ')}{came}.", code=code, param=param)
 
 
 def _path_in(raw: Any, location: tuple[int | str, ...]) -> list[str]:

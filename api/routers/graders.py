@@ -11,6 +11,7 @@ from api.requests import CreateGrader, UpdateGrader
 from api.schemas import Deleted, Grader, NewGrader
 from api.services import Services, get_services
 from api.views import grader_view
+from core.errors import Conflict
 from core.grader_specs import EndpointOptions
 from database.graders import add_grader_version, create_grader, delete_grader, get_grader, list_graders
 from graders.endpoint import check_headers
@@ -66,10 +67,12 @@ def update_grader(grader_id: str, body: JsonBody, caller: GraderWriter, services
         options = EndpointOptions.model_validate({**version.options, **given})
         check_url(options.url, services.network)
         check_headers(request.headers or {})
-        changed = add_grader_version(
+        grader, newest = add_grader_version(
             session, services.secrets, caller.project_id, grader_id, name=request.name, options=options, headers=request.headers
         )
-        return grader_view(*changed)
+        if newest.version != version.version + 1:
+            raise Conflict("Another request changed the grader at the same time. Send the change again.", param="grader_id")
+        return grader_view(grader, newest)
 
 
 @router.delete("/{grader_id}")

@@ -22,6 +22,7 @@ from database.progress import list_events, list_metrics, list_samples
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 HasServices = Annotated[Services, Depends(get_services)]
 MAX_NUMBER = 2**53
+MAX_METADATA_PAIRS = 16
 Number = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
 Reward = Annotated[float | None, Query(allow_inf_nan=False)]
 
@@ -152,6 +153,8 @@ def _metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | Non
         for key, value in request.query_params.multi_items()
         if key.startswith("metadata[") and key.endswith("]")
     }
+    if len(pairs) > MAX_METADATA_PAIRS:
+        raise InvalidRequest(f"'metadata' may hold at most {MAX_METADATA_PAIRS} pairs.", param="metadata")
     if pairs:
         return pairs
     plain = request.query_params.get("metadata")

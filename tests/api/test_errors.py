@@ -90,6 +90,7 @@ def test_nul_in_an_address_is_refused(path: str, owner: Account) -> None:
         (JOBS + "?limit=-1", "limit", "invalid_value"),
         (JOBS + "?after=ftjob-unknown", "after", "invalid_value"),
         (JOBS + "?metadata=x", "metadata", "invalid_value"),
+        (JOBS + "?" + "&".join(f"metadata[k{number}]=x" for number in range(17)), "metadata", "invalid_value"),
         ("/v1/graders?after=grader_unknown", "after", "invalid_value"),
         (JOBS + "/{job}/events?after=ftevent-unknown", "after", "invalid_value"),
         (JOBS + "/{job}/events?limit=0", "limit", "invalid_value"),

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from anyio import sleep_forever
+from sqlalchemy import func, select, update
 
+from api import multipart
 from api.middleware import MULTIPART_OVERHEAD_BYTES
 from database.blobs import CHUNK_BYTES
-from database.models import BlobChunkRef, BlobManifest, File
+from database.models import BlobChunk, BlobChunkRef, BlobManifest, File
 from tests.api.platform import ROW, Account, Platform, assert_error
 
 BOUNDARY = "d41d8cd98f00b204"
@@ -64,7 +66,10 @@ def call_asgi(platform: Platform, owner: Account, messages: Iterator[dict[str, A
     scope = {"type": "http", "method": "POST", "path": "/v1/files", "query_string": b"", "headers": headers, "state": {}}
 
     async def receive() -> dict[str, Any]:
-        return next(messages)
+        if (message := next(messages, None)) is not None:
+            return message
+        await sleep_forever()
+        raise AssertionError("nobody wakes it")
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
@@ -101,6 +106,27 @@ def test_large_file_goes_in_and_out_in_pieces(owner: Account, platform: Platform
     with platform.database.blob_engine.connect() as connection:
         chunks = select(func.count()).select_from(BlobChunkRef).where(BlobChunkRef.manifest_id == file.blob)
         assert connection.execute(chunks).scalar_one() == 20
+
+
+def test_client_that_stops_sending_is_answered_and_leaves_nothing(
+    owner: Account, platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multipart, "STALL_SECONDS", 0.05)
+    before = count(platform)
+    answer = call_asgi(platform, owner, iter([piece(PURPOSE + CONTENT[:-20])]))
+    assert answer["error"]["code"] == "request_timeout"
+    assert count(platform) == before
+
+
+def test_damaged_content_is_an_error_and_not_an_answer(owner: Account, platform: Platform) -> None:
+    content = b"unlike any other file: " + owner.project_id.encode()
+    file_id = owner.upload(content)
+    chunk = BlobChunk.digest == hashlib.sha256(content).hexdigest()
+    with platform.database.blob_engine.begin() as connection:
+        connection.execute(update(BlobChunk).where(chunk).values(data=b"changed"))
+    answer = owner.get(f"/v1/files/{file_id}/content")
+    assert_error(answer, 503, "storage_error")
+    assert answer.headers["x-should-retry"] == "false"
 
 
 def test_client_that_hangs_up_leaves_nothing(owner: Account, platform: Platform) -> None:

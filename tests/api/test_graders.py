@@ -1,5 +1,6 @@
 """Registered graders: versions, and secrets that nobody sees twice. `graders/run` and `/validate`: failure is an answer."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -93,9 +94,27 @@ def test_refused_grader_names_its_field_and_writes_nothing(
     assert platform.count_rows() == before
 
 
-def test_refused_header_value_is_not_repeated(owner: Account) -> None:
-    answer = owner.post("/v1/graders", GRADER | {"headers": {"x": "hush\r\nhush"}})
-    assert "hush" not in answer.text
+@pytest.mark.parametrize("value", ["hush\r\nhush", ["hush"], {"hush": "hush"}])
+def test_refused_header_value_is_not_repeated(value: Any, owner: Account) -> None:
+    inline = {"type": "endpoint", "url": GRADER["url"], "headers": {"x": value}}
+    for path, body in (("/v1/graders", GRADER | {"headers": {"x": value}}), (VALIDATE, {"grader": inline})):
+        answer = owner.post(path, body)
+        assert answer.status_code == 400
+        assert "hush" not in answer.text
+
+
+def test_two_updates_at_the_same_time_lose_no_change(owner: Account, platform: Platform) -> None:
+    """Whoever comes second is told so, or changes what the first one made."""
+    path = f"/v1/graders/{owner.post('/v1/graders', GRADER).json()['id']}"
+    changes = [{"timeout_seconds": 5}, {"max_attempts": 2}] * 4
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda change: (change, owner.post(path, change)), changes))
+    expected = {"timeout_seconds": 60, "max_attempts": 5}
+    for change, answer in answers:
+        assert answer.status_code == 200 or answer.json()["error"]["code"] == "conflict"
+        expected |= change if answer.status_code == 200 else {}
+    shown = owner.get(path).json()
+    assert {name: shown[name] for name in expected} == expected
 
 
 def test_graders_page_newest_first_without_the_deleted(owner: Account) -> None:
