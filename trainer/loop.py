@@ -74,7 +74,7 @@ def finish_step(run: Run) -> None:
         if schedule.is_checkpoint_due(step) and (is_last or run.progress.checkpointed_step < step):
             run.save_checkpoint()
             run.advance(checkpointed_step=step)
-            run.recorder.event(f"Checkpoint created at step {step}", data={"step": step})
+            log.info("checkpoint of step %d", step)
         if schedule.is_resume_point_due(step):
             run.save_resume_point()
 

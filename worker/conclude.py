@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from core.errors import OutOfMemory, PlatformError, TrainerCrashed
 from core.lifecycle import PauseReason, Status
 from core.redaction import Redactor
-from core.run_directory import CHECKPOINTS, LOG, End, Outcome, read_manifest, read_outcome
+from core.run_directory import CHECKPOINTS, LOG, End, Outcome, published, read_manifest, read_outcome
 from database.checkpoints import final_model
 from database.guards import guard
 from database.leases import release
@@ -74,9 +74,8 @@ def wind_down_reason(holding: Holding) -> str:
 def _judge_outcome(holding: Holding, outcome: Outcome, log_end: str, redactor: Redactor, from_step: int) -> Conclusion:
     plain = Conclusion(wind_down_reason(holding), from_step=from_step, to_step=outcome.step, trained_tokens=outcome.trained_tokens)
     match outcome.end:
-        case End.SUCCEEDED if outcome.final_checkpoint is not None:
-            step = read_manifest(holding.directory / CHECKPOINTS / outcome.final_checkpoint).step
-            return replace(plain, reason="succeeded", status=Status.SUCCEEDED, final_step=step)
+        case End.SUCCEEDED if (final_step := _final_step(holding.directory, outcome)) is not None:
+            return replace(plain, reason="succeeded", status=Status.SUCCEEDED, final_step=final_step)
         case End.SUCCEEDED:
             error: PlatformError = TrainerCrashed("The trainer says that it succeeded, but left no model.", retryable=False)
             return replace(plain, reason=error.code, error=error, log_end=log_end)
@@ -87,6 +86,12 @@ def _judge_outcome(holding: Holding, outcome: Outcome, log_end: str, redactor: R
         case End.PAUSED if holding.wanted == Status.RUNNING and outcome.pause_reason in set(PauseReason) - {PauseReason.USER}:
             return replace(plain, reason=str(outcome.pause_reason), status=Status.PAUSED, pause_reason=outcome.pause_reason)
     return plain
+
+
+def _final_step(directory: Path, outcome: Outcome) -> int | None:
+    """The step of the whole checkpoint that the outcome names."""
+    folder = directory / CHECKPOINTS / (outcome.final_checkpoint or "none")
+    return read_manifest(folder).step if folder in published(directory, CHECKPOINTS) else None
 
 
 def write_conclusion(holding: Holding, conclusion: Conclusion) -> Job:
