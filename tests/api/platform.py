@@ -23,7 +23,7 @@ STRING_CHECK = {
     "reference": "{{item.answer}}",
     "operation": "eq",
 }
-GRADER = {"name": "arithmetic", "url": "https://grader.example.com/grade", "headers": {"authorization": "Bearer hush-hush"}}
+GRADER: dict[str, Any] = {"name": "arithmetic", "url": "https://grader.example.com/grade", "headers": {"authorization": "Bearer hush-hush"}}
 
 
 def make_settings(home: Path, **values: Any) -> Settings:
