@@ -96,7 +96,7 @@ class JobCheckpoint(BaseModel):
     fine_tuned_model_checkpoint: str
     fine_tuning_job_id: str
     step_number: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     """`step`, the contract's names where they are known, and every metric of the step."""
 
 

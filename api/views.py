@@ -26,9 +26,11 @@ SAMPLE_PREFIX = "ftsample-"
 
 CHECKPOINT_METRICS = {
     "train_loss": "loss",
-    "train_mean_reward": "train_reward_mean",
+    "train_mean_reward": "reward_mean",
+    "train_reward_mean": "reward_mean",
     "full_valid_mean_reward": "valid_reward_mean",
 }
+"""The contract's name of a metric -> ours."""
 
 
 def _seconds(time: float | None) -> int | None:

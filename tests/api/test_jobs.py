@@ -271,11 +271,11 @@ def trained(owner: Account, platform: Platform) -> str:
     job_id: str = owner.create_job()["id"]
     with platform.database.transaction() as session:
         for step in (1, 2, 3):
-            for index, name in enumerate(("train_reward_mean", "loss")):
+            for index, name in enumerate(("reward_mean", "loss")):
                 seq = 10 * step + index
                 value = None if (step, name) == (3, "loss") else step / 10
                 session.add(Metric(job_id=job_id, step=step, phase="train", name=name, value=value, attempt=1, seq=seq))
-            metrics = {"train_reward_mean": step / 10, "valid_reward_mean": step / 5}
+            metrics = {"reward_mean": step / 10, "valid_reward_mean": step / 5}
             manifest = Manifest(kind="checkpoint", step=step, files=[FileEntry(name="x", bytes=1, sha256="0")]).model_dump()
             name = f"{job_id}:ckpt-step-{step}"
             checkpoint = Checkpoint(id=f"ckpt_{job_id}_{step}", job_id=job_id, step=step, name=name, metrics=metrics, created_at=1.0)
@@ -312,11 +312,11 @@ def test_metrics_come_in_order_and_are_polled_by_number(trained: str, owner: Acc
     path = f"{JOBS}/{trained}/metrics"
     whole = owner.get(path).json()
     assert [(point["step"], point["name"], point["value"]) for point in whole["data"]] == [
-        (1, "train_reward_mean", 0.1),
+        (1, "reward_mean", 0.1),
         (1, "loss", 0.1),
-        (2, "train_reward_mean", 0.2),
+        (2, "reward_mean", 0.2),
         (2, "loss", 0.2),
-        (3, "train_reward_mean", 0.3),
+        (3, "reward_mean", 0.3),
         (3, "loss", None),
     ]
     assert (whole["has_more"], whole["last_seq"]) == (False, 31)
