@@ -21,6 +21,7 @@ from examples.demo.prompts import Row, as_jsonl, make_rows
 from local.models import SMOLLM2_NAME
 
 LIMIT_SECONDS = 3600.0
+DRY_HELD_OUT = 8
 
 
 def say(text: str = "") -> None:
@@ -31,7 +32,7 @@ def say(text: str = "") -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--algorithm", choices=sorted(settings.PLANS), default="grpo")
-    parser.add_argument("--steps", type=int, help="another number of steps; the result is then not judged")
+    parser.add_argument("--steps", type=int, help="try the path with so many steps and few held-out rows; nothing is judged")
     parser.add_argument("--keep", action="store_true", help="keep the home with database and checkpoint, and say where it is")
     return parser.parse_args()
 
@@ -106,6 +107,8 @@ def judge(comparison: Comparison, algorithm: str) -> None:
 def run(arguments: argparse.Namespace, started: Programs, folder: Path) -> None:
     begin = time.monotonic()
     training, held_out = make_rows()
+    if arguments.steps is not None:
+        held_out = held_out[:DRY_HELD_OUT]
     say(f"{len(training)} questions to train on, {len(held_out)} held out; none in both.")
     url, key = programs.start_platform(started, folder / "home")
     say(f"hone up answers at {url}")

@@ -11,6 +11,7 @@ from examples.demo.programs import DemoFailed
 POLL_SECONDS = 1.0
 PLAIN_EVERY = 5
 """Steps between two lines when nobody watches a terminal."""
+NOTES = {"running": ", beginning with the held-out questions before any training"}
 FINAL = ("succeeded", "failed", "cancelled")
 KL = ("kl_reference", "kl_old")
 """The first that the job reports: against the frozen reference where there is one, else against the policy before the update."""
@@ -76,10 +77,9 @@ def follow(client: Client, job_id: str, total_steps: int, limit_seconds: float) 
         progress.take(page["data"])
         if job["status"] != status:
             status = str(job["status"])
-            progress.say(f"job {job_id}: {status}")
+            progress.say(f"job {job_id}: {status}{NOTES.get(status, '')}")
         progress.show()
         if status in FINAL:
-            progress.say("")
             break
         if status == "paused":
             raise DemoFailed(f"The job paused itself ({job.get('pause_reason')}).\n{last_events(client, job_id)}")

@@ -1,7 +1,12 @@
-"""The task: sums of two numbers of one or two digits, made by reasoning-gym, split into rows to train on and rows never trained on."""
+"""The task: sums of two numbers of one or two digits, made by reasoning-gym, split into rows to train on and rows never trained on.
+
+`python -m examples.demo.prompts train.jsonl held_out.jsonl` writes the two files.
+"""
 
 import json
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import reasoning_gym
@@ -55,3 +60,8 @@ def check_split(training: list[Row], held_out: list[Row]) -> None:
 
 def as_jsonl(rows: list[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+if __name__ == "__main__":
+    for path, rows in zip(sys.argv[1:], make_rows(), strict=True):
+        Path(path).write_bytes(as_jsonl(rows))

@@ -9,11 +9,12 @@ from examples.demo.prompts import Row, text_of
 MAX_SHOWN = 100
 NUM_SHOWN = 3
 BY_HAND = """
-The same by hand. Start the platform and add the model, then run the example grader with the secret that the second command prints:
-  hone up                        (in another terminal; the admin key lies in ~/.hone/api_key)
+The same by hand, in a shell with .venv activated. Two programs run beside it: the platform, and the grader with its secret.
+  hone up                                                 (in a second terminal)
   hone models add-smollm2
-  hone graders add addition http://127.0.0.1:9000/grade
-  GRADER_SECRET=whsec_... python -m examples.endpoint_grader --port 9000
+  hone graders add addition http://127.0.0.1:9000/grade   (prints the secret and the grader's id)
+  GRADER_SECRET=whsec_... python -m examples.endpoint_grader --port 9000     (in a third terminal)
+  python -m examples.demo.prompts train.jsonl held_out.jsonl
 
 With curl:
   KEY=$(cat ~/.hone/api_key); API=http://127.0.0.1:8000/v1

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from client.client import Client
 from local.home import Home, read_url
 from tests.local.trees import alive_with, tree_of, wait_for
+from tests.tiny import build_tiny_model
 
 START_SECONDS = 60.0
 PARTS = ("valkey-server", "uvicorn", "housekeeping.celery_app", "worker.celery_app", "local.keeper")
@@ -75,6 +78,33 @@ def refused(home: Path, log: Path, *options: str) -> str:
     return log.read_text()
 
 
+def connect(up: Up, url: str) -> Client:
+    return Client(f"{url}/v1", up.home.api_key.read_text().strip())
+
+
+def submit_long_job(client: Client, folder: Path) -> str:
+    """A job that would train a tiny model for far longer than this test takes."""
+    client.models.add("tiny", {"type": "folder", "path": str(build_tiny_model(folder / "tiny"))})
+    row = b'{"messages": [{"role": "user", "content": "a or b?"}]}\n'
+    file = client.files.upload_bytes(row * 12, "rows.jsonl")
+    options = {"finetuning": "full", "precision": "float32", "batch_size": 2, "group_size": 2, "max_completion_tokens": 4}
+    grader = {"type": "string_check", "input": "{{sample.output_text}}", "reference": "a", "operation": "like"}
+    block = {"grader": grader, "hyperparameters": {**options, "max_steps": 50_000, "eval_interval": 50_000}}
+    method = {"type": "reinforcement", "reinforcement": block}
+    return str(client.jobs.create({"model": "tiny", "training_file": file["id"], "method": method})["id"])
+
+
+def trains(client: Client, job_id: str, *, attempt: int, beyond: int) -> bool:
+    job = client.jobs.retrieve(job_id)
+    assert job["status"] in ("validating_files", "queued", "running"), job
+    return job["attempt"] == attempt and (job["current_step"] or 0) > beyond
+
+
+def read_rows(home: Home, query: str) -> list[tuple[object, ...]]:
+    with sqlite3.connect(f"file:{home.path / 'hone.db'}?mode=ro", uri=True) as database:
+        return database.execute(query).fetchall()
+
+
 def test_platform_answers_is_alone_on_its_home_and_stops_at_ctrl_c(up: Up, folder: Path) -> None:
     url = up.wait_until_up()
     assert get(f"{url}/healthz") == 200
@@ -98,18 +128,28 @@ def test_platform_answers_is_alone_on_its_home_and_stops_at_ctrl_c(up: Up, folde
     assert f"Port {port} on 127.0.0.1" in refused(folder / "other", folder / "third.log", "--port", port)
     assert get(f"{url}/healthz") == 200
 
+    with connect(up, url) as client:
+        job_id = submit_long_job(client, folder)
+        assert wait_for(lambda: trains(client, job_id, attempt=1, beyond=0), START_SECONDS)
+
     pids = up.everything()
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(timeout=30) == 0, up.log.read_text()
+    assert up.process.wait(timeout=60) == 0, up.log.read_text()
     assert up.is_gone(pids)
+    assert read_rows(up.home, "SELECT id, status, lease_token, failures FROM jobs") == [(job_id, "queued", None, 0)]
+    assert [row[0] for row in read_rows(up.home, "SELECT job_id FROM resume_points")] == [job_id]
     assert read_url(up.home) is None
     assert up.log.read_text().endswith("Stopped.\n")
 
 
-def test_killed_platform_leaves_nothing_and_starts_again_with_its_key(up: Up, folder: Path) -> None:
-    up.wait_until_up()
+def test_job_goes_on_after_a_restart_and_a_killed_platform_leaves_nothing(up: Up, folder: Path) -> None:
+    """Goes on with the home that the test above has left."""
+    ((job_id, step),) = read_rows(up.home, "SELECT id, current_step FROM jobs")
+    with connect(up, up.wait_until_up()) as client:
+        assert wait_for(lambda: trains(client, str(job_id), attempt=2, beyond=int(str(step))), START_SECONDS)
     key = up.home.api_key.read_text()
     pids = up.everything()
+    assert pids & set(alive_with(str(up.home.path / "runs"))), "the trainer does not run below hone up"
     up.process.kill()
     up.process.wait()
     again = Up(up.home.path, folder / "again.log", "--port", "0", "--workers", "1")
