@@ -3,9 +3,9 @@
 import asyncio
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from graders.grade import Grade
 from graders.python_sandbox import MAX_SECONDS, PythonGrader, SandboxLimits
 from tests.graders.helpers import grade, grade_all, request
 
-LIMITS = SandboxLimits(seconds=0.4, memory_bytes=64 * 1024 * 1024, num_processes=1)
+LIMITS = SandboxLimits(seconds=10.0, memory_bytes=64 * 1024 * 1024, num_processes=1)
+HURRIED = replace(LIMITS, seconds=0.4)
 
 BENIGN = {
     "exact": ("def grade(sample, item):\n    return 1.0 if sample['output_text'] == item['answer'] else 0.0", 1.0),
@@ -121,10 +122,10 @@ def test_attack_is_a_failed_grade_and_leaves_nothing(
     source, code = HOSTILE[name]
     source = source.replace("PORT", str(listener.getsockname()[1])).replace("ESCAPE", str(tmp_path / "escape"))
     started = time.monotonic()
-    result = grade(PythonGrader(source, LIMITS))
+    result = grade(PythonGrader(source, HURRIED if code == TIMEOUT else LIMITS))
     assert (result.reward, result.error) == (None, code)
     assert "s3cret-env" not in repr(result)
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 8.0
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BlockingIOError):
         listener.accept()
@@ -137,10 +138,19 @@ def test_a_regular_expression_that_explodes_is_bounded() -> None:
     assert time.monotonic() - started < 5.0
 
 
-def worker_processes() -> list[int]:
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True, timeout=10).stdout.splitlines()
-    fields = [line.split(None, 2) for line in lines[1:]]
-    return [int(pid) for pid, parent, command in fields if int(parent) == os.getpid() and "monty" in command]
+def worker_processes(min_cpu_ticks: int = 0) -> list[int]:
+    """Sandbox processes of ours that are alive (not merely unreaped) and have worked for at least so many ticks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        state, parent, ticks = fields[0], int(fields[1]), int(fields[11]) + int(fields[12])
+        if parent == os.getpid() and state != "Z" and b"monty" in command and ticks >= min_cpu_ticks:
+            found.append(int(folder.name))
+    return found
 
 
 async def workers_left(seconds: float = 3.0) -> list[int]:
@@ -181,7 +191,7 @@ def test_random_numbers_are_the_same_for_the_same_completion() -> None:
 def test_a_program_that_loops_does_not_stop_the_others() -> None:
     source = "def grade(s, i):\n    while s['output_text'] == 'loop':\n        pass\n    return 1.0"
     requests = [request("loop"), *[request("fine") for _ in range(5)]]
-    results = asyncio.run(grade_all(PythonGrader(source, LIMITS), *requests))
+    results = asyncio.run(grade_all(PythonGrader(source, HURRIED), *requests))
     assert [result.reward for result in results] == [None, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
@@ -190,9 +200,8 @@ def test_cancel_kills_the_running_program_at_once() -> None:
         limits = SandboxLimits(seconds=60.0, num_processes=1)
         grader = PythonGrader("def grade(s, i):\n    while s['output_text'] == 'loop':\n        pass\n    return 1.0", limits)
         task = asyncio.create_task(grader.grade(request("loop")))
-        while not worker_processes():
+        while not worker_processes(min_cpu_ticks=5):
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)
         started = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -208,10 +217,9 @@ def test_cancel_kills_the_running_program_at_once() -> None:
 
 def test_killed_sandbox_process_is_replaced_and_the_grade_asked_again() -> None:
     async def kill_once() -> Grade:
-        limits = SandboxLimits(seconds=0.4, num_processes=1)
-        grader = PythonGrader("def grade(s, i):\n    while True:\n        pass", limits)
+        grader = PythonGrader("def grade(s, i):\n    while True:\n        pass", replace(LIMITS, seconds=1.0))
         task = asyncio.create_task(grader.grade(request()))
-        while not worker_processes():
+        while not worker_processes(min_cpu_ticks=5):
             await asyncio.sleep(0.01)
         for pid in worker_processes():
             os.kill(pid, 9)
@@ -250,7 +258,7 @@ def test_no_limit_is_above_two_minutes() -> None:
 )
 def test_check_refuses_a_program_that_does_not_load(source: str, code: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        asyncio.run(PythonGrader(source, LIMITS).check(param="grader.source"))
+        asyncio.run(PythonGrader(source, HURRIED if code == TIMEOUT else LIMITS).check(param="grader.source"))
     assert (caught.value.code, caught.value.param) == (code, "grader.source")
 
 
