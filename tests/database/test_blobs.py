@@ -214,6 +214,23 @@ def test_an_object_whose_writer_died_before_naming_it_is_removed(settings, datab
     assert stored_objects(store) == ["ab/ab.2"]
 
 
+def test_an_object_that_the_collector_has_claimed_is_not_named_any_more(settings, database, monkeypatch):
+    """A writer so slow that the collector takes its object for a stray one, between its two transactions."""
+    store = BlobStore(database, settings.model_copy(update={"blob_url": f"file://{settings.home}/chunks"}))
+    put = store._objects.put
+
+    def put_slowly(key, data):
+        put(key, data)
+        with writing(database.blob_engine) as session:
+            session.execute(update(BlobGarbage).values(is_claimed=True))
+
+    monkeypatch.setattr(store._objects, "put", put_slowly)
+    with pytest.raises(StorageError, match="took too long"):
+        store.put([noise(10)], kind="file")
+    store.collect()
+    assert (count(database, BlobChunk), stored_objects(store)) == (0, [])
+
+
 def test_collecting_while_others_put_and_delete_loses_no_byte(rows_store):
     contents = [noise(2000, seed) for seed in range(3)]
 

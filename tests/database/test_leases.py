@@ -49,6 +49,17 @@ def test_threads_that_claim_at_once_never_get_the_same_job(database):
     assert sorted(claimed) == sorted(made)
 
 
+@pytest.mark.parametrize("settings", ["postgresql"], indirect=True)
+def test_on_postgresql_a_claim_passes_over_a_job_that_another_is_just_claiming(database):
+    with database.transaction() as session:
+        project = make_project(session)
+        made = [make_queued(session, project) for _ in range(2)]
+    with database.transaction() as first, database.transaction() as second:
+        assert [claim(first).job.id, claim(second).job.id] == made
+        with database.transaction() as third:
+            assert claim(third) is None
+
+
 def test_the_project_with_fewest_running_jobs_comes_first_then_priority_then_age(database):
     with database.transaction() as session:
         busy, idle = make_project(session), make_project(session)
@@ -139,6 +150,14 @@ def test_faults_requeue_until_there_were_too_many_in_a_row(database):
     job = end(database, held, error=CRASH)
     assert (job.status, job.failures, job.error_code, job.error_message) == (Status.FAILED, 3, "trainer_crashed", "exit code 139")
     assert job.finished_at is not None
+
+
+def test_a_fault_in_a_wind_down_that_the_user_asked_for_does_not_count(database):
+    project, held = make_running(database)
+    with database.transaction() as session:
+        pause_job(session, project, held.job.id)
+    job = end(database, held, error=CRASH)
+    assert (job.status, job.failures, job.pause_reason) == (Status.PAUSED, 0, "user")
 
 
 def test_a_drain_requeues_without_counting_a_fault(database):
