@@ -66,7 +66,9 @@ class Worker:
 
     @property
     def num_threads(self) -> int:
-        return self.settings.num_threads or len(os.sched_getaffinity(0))
+        """Of one trainer: by setting, else every core that this process may use."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.settings.num_threads or cores
 
 
 def open_worker(settings: Settings, trainer_command: tuple[str, ...] = TRAINER_COMMAND) -> Worker:

@@ -93,6 +93,7 @@ def gather_secrets(holding: Holding, session: Session) -> dict[str, Any]:
 def _make_private(directory: Path) -> None:
     """A new directory that only we can enter. One that is there is of a claim that the database has forgotten."""
     if directory.exists():
+        kill_left_over(directory)
         shutil.rmtree(directory)
     for folder in (directory.parent.parent, directory.parent, directory):
         folder.mkdir(mode=0o700, exist_ok=True)

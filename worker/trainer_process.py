@@ -52,6 +52,8 @@ class TrainerProcess:
         """Whether the leader has exited. It stays a zombie until `reap`, so that its number cannot become another's."""
         if self._process.returncode is not None:
             return True
+        if not hasattr(os, "waitid"):
+            return self._process.poll() is not None
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def send(self, number: int) -> None:
