@@ -171,7 +171,7 @@ def test_lifecycle_keeps_its_promises_under_any_order_of_events(database):
     run_state_machine_as_test(
         Machine,
         settings=hypothesis_settings(
-            max_examples=25,
+            max_examples=18,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
