@@ -5,6 +5,7 @@ Both are written aside, synced, and published by renaming the folder; the manife
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -68,6 +69,16 @@ def save_checkpoint(run_directory: Path, step: int, write: Callable[[Path], str]
         return Manifest(kind="checkpoint", step=step, files=files, metrics=metrics, facts={**facts, "format": weights_format})
 
     return _publish(run_directory / CHECKPOINTS / step_folder(step), fill)
+
+
+def prune_checkpoints(run_directory: Path, keep: int) -> None:
+    """Leaves the newest two and the `keep` best by `valid_reward_mean`: what is kept in the end, and one that may be being read."""
+    folders = published(run_directory, CHECKPOINTS)
+    scores = {folder: read_manifest(folder).metrics.get("valid_reward_mean", -math.inf) for folder in folders}
+    best = sorted(folders, key=lambda folder: scores[folder])[-keep:]
+    for folder in folders[:-2]:
+        if folder not in best:
+            _remove(folder)
 
 
 def save_resume_point(

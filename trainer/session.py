@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from core.errors import TrainingError
+from core.errors import InvalidRequest, TrainingError
+from core.folders import folder_digest
 from core.grader_specs import PinnedGraderSpec
 from core.run_directory import MODEL, REWARDS, TRAIN, VALID, ResolvedJob
 from graders.build import build_grader
@@ -15,7 +16,15 @@ from graders.grade import Grader
 from outbound.safe_http import NetworkPolicy
 from trainer.advantages import Estimator, make_estimator
 from trainer.batch import Prompt
-from trainer.checkpoints import Progress, ResumePoint, find_resume_point, restore_outputs, save_checkpoint, save_resume_point
+from trainer.checkpoints import (
+    Progress,
+    ResumePoint,
+    find_resume_point,
+    prune_checkpoints,
+    restore_outputs,
+    save_checkpoint,
+    save_resume_point,
+)
 from trainer.config import Schedule, grader_version, load_job, longest_prompt, machine_facts, make_schedule, pass_threshold, set_up_machine
 from trainer.control import ControlReader, Pulse
 from trainer.data import PromptOrder, load_prompts
@@ -69,7 +78,9 @@ class Run:
         """The model of the current step, with the step's metrics."""
         progress = self.progress
         valid = progress.valid_metrics if progress.evaluated_step == progress.step else {}
-        return save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, self.facts)
+        folder = save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, self.facts)
+        prune_checkpoints(self.directory, self.job.options.keep_checkpoints)
+        return folder
 
     def save_resume_point(self) -> Path:
         lines = self.grading.journal.lines_after(self.progress.step)
@@ -85,6 +96,7 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     """Raises: InvalidRequest for rows that do not fit the model, TrainingError for a directory that is not whole."""
     job = load_job(directory)
     device = set_up_machine(job)
+    _check_model(directory / MODEL, job)
     policy = Policy.load(directory / MODEL, job.options, job.seed, device)
     tokenizer = load_tokenizer(directory / MODEL)
     prompts = _load_rows(directory / TRAIN, "training_file", job, policy, tokenizer)
@@ -136,6 +148,13 @@ def make_sampling(job: ResolvedJob, ends: frozenset[int], purpose: Purpose, step
         stop=options.stop,
         end_token_ids=ends,
     )
+
+
+def _check_model(folder: Path, job: ResolvedJob) -> None:
+    """Raises: InvalidRequest where the weights are no longer those that the job was submitted with."""
+    if job.model.digest and folder_digest(folder.resolve()) != job.model.digest:
+        message = f"The files of model '{job.model.name}' have changed since the job was submitted."
+        raise InvalidRequest(message, code="model_changed", param="model")
 
 
 def _load_rows(path: Path, param: str, job: ResolvedJob, policy: Policy, tokenizer: Any) -> list[Prompt]:

@@ -1,0 +1,278 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.errors import Diverged
+from core.options import Options
+from core.presets import resolve_options
+from trainer.advantages import make_estimator
+from trainer.batch import Batch, Estimate
+from trainer.policy import Policy
+from trainer.update import Learner, explained_variance, learning_rate_factor
+
+GROUPS, GROUP_SIZE, LENGTH = 4, 2, 6
+FULL = {"finetuning": "full", "precision": "float32", "group_size": GROUP_SIZE, "batch_size": GROUPS, "max_completion_tokens": LENGTH}
+SEPARATE = {**FULL, "algorithm": "ppo", "kl_coefficient": 0.0}
+SHARED = {**SEPARATE, "value_model": "shared_backbone"}
+
+
+def make_learner(tiny: Path, *, algorithm: str = "grpo", wide: bool = False, total_steps: int = 10, **given: Any) -> Learner:
+    options = resolve_options(algorithm, {**FULL, "learning_rate": 1e-3, **given})
+    policy = Policy.load(tiny, options, 1, torch.device("cpu"))
+    if wide:
+        for model in (policy.model, policy._reference):
+            if model is not None:
+                model.double()
+    return Learner(policy, options, 1, total_steps, lambda: None)
+
+
+def make_rollouts(rewards: list[float] | None = None, seed: int = 0) -> Batch:
+    """Random tokens of the tiny vocabulary; completions of 2 to 6 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = GROUPS * GROUP_SIZE
+    groups = torch.arange(GROUPS).repeat_interleave(GROUP_SIZE)
+    prompts = torch.randint(6, 48, (GROUPS, 3), generator=generator)
+    lengths = torch.randint(2, LENGTH + 1, (rows,), generator=generator)
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    return Batch(
+        prompt_ids=prompts[groups],
+        prompt_mask=torch.ones(rows, 3, dtype=torch.bool),
+        completion_ids=torch.randint(6, 48, (rows, LENGTH), generator=generator) * mask,
+        completion_mask=mask,
+        sampling_logprobs=torch.full((rows, LENGTH), -3.0) * mask,
+        rewards=torch.tensor(rewards or [0.0, 1.0, 0.5, 1.0, 1.0, 0.0, 0.2, 0.9], dtype=torch.float64),
+        counts=torch.ones(rows, dtype=torch.bool),
+        groups=groups,
+        truncated=torch.zeros(rows, dtype=torch.bool),
+    )
+
+
+def run_step(learner: Learner, batch: Batch, step: int = 1) -> dict[str, float]:
+    plan = learner.plan(batch, step)
+    scored = learner.score(batch, plan)
+    return learner.update(scored, make_estimator(learner.options)(scored), plan, step)
+
+
+def state(learner: Learner) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.policy.trainable_state().items()}
+
+
+def changed(before: dict[str, Tensor], learner: Learner, prefix: str) -> bool:
+    after = learner.policy.trainable_state()
+    return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
+
+
+def gradients_of_one_step(learner: Learner, batch: Batch) -> list[Tensor]:
+    """The gradients that the optimizers are handed, in float64."""
+    seen: list[Tensor] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.extend(p.grad.double().clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+    for optimizer in learner._optimizers.values():
+        optimizer.register_step_pre_hook(keep)
+    run_step(learner, batch)
+    return seen
+
+
+SPLITS = [
+    {"kl_coefficient": 0.1, "loss_aggregation": "token_mean"},
+    {"kl_coefficient": 0.1, "loss_aggregation": "sequence_mean", "entropy_coefficient": 0.05},
+    {"kl_coefficient": 0.0, "loss_aggregation": "fixed_length"},
+    {"algorithm": "gspo"},
+]
+
+
+@pytest.mark.parametrize("given", SPLITS)
+def test_the_gradient_does_not_depend_on_the_split_into_microbatches(tiny: Path, given: dict[str, Any]) -> None:
+    batch = make_rollouts()
+    batch.sampling_logprobs = batch.sampling_logprobs.double()
+    whole, split = (
+        gradients_of_one_step(make_learner(tiny, wide=True, max_grad_norm=1e9, microbatch_tokens=tokens, **given), batch)
+        for tokens in (4096, 16)
+    )
+    assert len(make_learner(tiny, microbatch_tokens=16).plan(batch, 1)[0]) == GROUPS
+    for one, other in zip(whole, split, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [SEPARATE, SHARED])
+def test_nor_does_the_gradient_of_a_value_model(tiny: Path, given: dict[str, Any]) -> None:
+    whole, split = (
+        gradients_of_one_step(make_learner(tiny, max_grad_norm=1e9, microbatch_tokens=tokens, **given), make_rollouts())
+        for tokens in (4096, 16)
+    )
+    assert len(whole) == len(split) > 0
+    for one, other in zip(whole, split, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_metrics_do_not_depend_on_the_split_into_microbatches(tiny: Path) -> None:
+    whole, split = (run_step(make_learner(tiny, microbatch_tokens=tokens, kl_coefficient=0.1), make_rollouts()) for tokens in (4096, 16))
+    assert whole == pytest.approx(split, rel=1e-4, abs=1e-6)
+
+
+def test_a_minibatch_is_whole_groups_and_a_pass_holds_each_group_once(tiny: Path) -> None:
+    learner = make_learner(tiny, minibatches_per_batch=2, epochs_per_batch=3, microbatch_tokens=16)
+    batch = make_rollouts()
+    plan = learner.plan(batch, 1)
+    assert len(plan) == 6
+    for epoch in range(3):
+        passes = [torch.cat(minibatch).tolist() for minibatch in plan[2 * epoch : 2 * epoch + 2]]
+        assert sorted(passes[0] + passes[1]) == list(range(GROUPS * GROUP_SIZE))
+        for rows in passes:
+            groups = batch.groups[rows].tolist()
+            assert all(groups.count(group) == GROUP_SIZE for group in groups)
+    orders = {str([sorted(torch.cat(rows).tolist()) for rows in learner.plan(batch, step)]) for step in range(8)}
+    assert len(orders) > 1
+    assert str(plan) == str(learner.plan(batch, 1))
+
+
+@pytest.mark.parametrize("given", [{"epochs_per_batch": 2, "microbatch_tokens": 16}, {"minibatches_per_batch": 2}, SEPARATE, SHARED])
+def test_the_first_ratio_is_exactly_1_where_old_log_probs_are_scored(tiny: Path, given: dict[str, Any]) -> None:
+    learner = make_learner(tiny, **given)
+    batch = make_rollouts()
+    plan = learner.plan(batch, 1)
+    scored = learner.score(batch, plan)
+    assert scored.old_logprobs is not None
+    for rows in plan[0]:
+        now = learner.policy.score(scored.select(rows), 1.0, with_values=learner.options.needs_values).logprobs
+        assert torch.equal(now.detach(), scored.old_logprobs[rows])
+
+
+def test_a_single_pass_on_fresh_data_costs_no_scoring(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner(tiny, kl_coefficient=0.0)
+    batch = make_rollouts()
+    plan = learner.plan(batch, 1)
+    monkeypatch.setattr(learner.policy, "score", None)
+    assert learner.score(batch, plan).old_logprobs is None
+
+
+def test_the_ratio_leaves_1_after_the_first_optimizer_step(tiny: Path) -> None:
+    learner = make_learner(tiny, epochs_per_batch=3, learning_rate=1e-2, kl_coefficient=0.0)
+    report = run_step(learner, make_rollouts())
+    assert report["ratio_max"] > 1.01
+    assert report["kl_old"] > 1e-4
+    assert report["clip_fraction"] > 0
+
+
+def test_a_rise_of_the_advantage_raises_the_log_prob(tiny: Path) -> None:
+    learner = make_learner(tiny, kl_coefficient=0.0, learning_rate=1e-3)
+    batch = make_rollouts()
+    before = learner.policy.score(batch, 1.0).logprobs.detach().sum(1)
+    run_step(learner, batch)
+    rise = learner.policy.score(batch, 1.0).logprobs.detach().sum(1) - before
+    best, worst = batch.rewards.view(GROUPS, GROUP_SIZE).argmax(1), batch.rewards.view(GROUPS, GROUP_SIZE).argmin(1)
+    grouped = rise.view(GROUPS, GROUP_SIZE)
+    assert (grouped.gather(1, best[:, None]) > grouped.gather(1, worst[:, None])).all()
+
+
+def test_nothing_counted_skips_the_optimizer_step_and_says_so(tiny: Path) -> None:
+    learner = make_learner(tiny, minibatches_per_batch=2)
+    batch = make_rollouts()
+    batch.counts[:] = False
+    before = state(learner)
+    report = run_step(learner, batch)
+    assert report["skipped_optimizer_steps"] == 2
+    assert "loss" not in report
+    assert not changed(before, learner, "policy")
+
+
+def test_groups_without_variance_have_no_policy_gradient_but_keep_their_kl(tiny: Path) -> None:
+    learner = make_learner(tiny, kl_coefficient=0.0)
+    report = run_step(learner, make_rollouts([0.5] * 8))
+    assert (report["grad_norm"], report["policy_loss"]) == (0.0, 0.0)
+    moved = make_learner(tiny, kl_coefficient=0.5)
+    run_step(moved, make_rollouts())
+    assert run_step(moved, make_rollouts([0.5] * 8), step=2)["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_divergence_and_leaves_the_weights_alone(tiny: Path, bad: float) -> None:
+    learner = make_learner(tiny, kl_coefficient=0.0)
+    batch = make_rollouts()
+    plan = learner.plan(batch, 1)
+    estimate = make_estimator(learner.options)(batch)
+    broken = Estimate(estimate.advantages.index_fill(0, torch.tensor([3]), bad), None, estimate.batch_counts)
+    before = state(learner)
+    with pytest.raises(Diverged, match="step 1"):
+        learner.update(batch, broken, plan, 1)
+    assert not changed(before, learner, "policy")
+
+
+def test_a_gradient_that_is_not_finite_is_divergence(tiny: Path) -> None:
+    learner = make_learner(tiny, kl_coefficient=0.0)
+    parameter = learner.policy.policy_parameters()[0]
+    parameter.register_hook(lambda gradient: gradient * math.nan)
+    before = state(learner)
+    with pytest.raises(Diverged, match="gradient norm"):
+        run_step(learner, make_rollouts())
+    assert not changed(before, learner, "policy")
+
+
+@pytest.mark.parametrize("given", [SEPARATE, SHARED])
+def test_the_value_model_learns_alone_during_its_warm_up(tiny: Path, given: dict[str, Any]) -> None:
+    learner = make_learner(tiny, value_warmup_steps=1, **given)
+    before = state(learner)
+    report = run_step(learner, make_rollouts(), step=1)
+    assert changed(before, learner, "value")
+    assert not changed(before, learner, "policy")
+    assert "policy_loss" not in report
+    run_step(learner, make_rollouts(), step=2)
+    assert changed(before, learner, "policy")
+
+
+@pytest.mark.parametrize("given", [SEPARATE, SHARED])
+def test_the_value_head_learns_to_explain_the_returns(tiny: Path, given: dict[str, Any]) -> None:
+    learner = make_learner(tiny, value_warmup_steps=40, value_learning_rate=3e-3, value_clip=None, total_steps=50, **given)
+    batch = make_rollouts()
+    reports = [run_step(learner, batch, step) for step in range(1, 41)]
+    assert reports[-1]["value_loss"] < 0.5 * reports[0]["value_loss"]
+    assert reports[-1]["value_grad_norm"] > 0
+
+
+def test_a_separate_value_model_is_clipped_by_itself(tiny: Path) -> None:
+    norms = []
+    for clip in (1e9, 1e-3):
+        learner = make_learner(tiny, max_grad_norm=clip, **SEPARATE)
+        total = torch.stack([gradient.norm() for gradient in gradients_of_one_step(learner, make_rollouts())]).norm()
+        norms.append(float(total))
+    assert norms[1] == pytest.approx(math.sqrt(2) * 1e-3, rel=1e-2)
+    assert norms[0] > 10 * norms[1]
+
+
+def test_explained_variance_is_1_for_perfect_values_and_0_for_the_mean() -> None:
+    batch = make_rollouts()
+    returns = torch.randn(GROUPS * GROUP_SIZE, LENGTH)
+    estimate = Estimate(returns, returns, batch.counts)
+    batch.values = returns.clone()
+    assert explained_variance(batch, estimate) == 1.0
+    batch.values = torch.full_like(returns, float(returns[batch.completion_mask].mean()))
+    assert explained_variance(batch, estimate) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8535533905932737, 0.5, 0.14644660940672627]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    options = Options(warmup_steps=2, lr_schedule=schedule)
+    assert [learning_rate_factor(options, step, 6) for step in range(1, 7)] == pytest.approx(expected)
+
+
+def test_every_option_of_the_optimizer_reaches_it(tiny: Path) -> None:
+    learner = make_learner(tiny, weight_decay=0.3, learning_rate=2e-3, value_learning_rate=5e-3, warmup_steps=4, **SEPARATE)
+    report = run_step(learner, make_rollouts(), step=1)
+    groups = {name: optimizer.param_groups[0] for name, optimizer in learner._optimizers.items()}
+    assert {name: group["lr"] for name, group in groups.items()} == {"policy": 5e-4, "value": pytest.approx(1.25e-3)}
+    assert report["learning_rate"] == 5e-4
+    assert groups["policy"]["weight_decay"] == 0.3
+    assert groups["policy"]["betas"] == (0.9, 0.95)
