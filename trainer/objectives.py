@@ -53,6 +53,11 @@ class Objective:
     entropy_coefficient: float
     value_clip: float | None
 
+    @property
+    def is_silent_without_advantage(self) -> bool:
+        """Whether the policy loss of a row whose advantages are 0 has no gradient."""
+        return self.kl is None and self.entropy_coefficient == 0.0
+
     def policy_loss(self, scores: Scores, rows: Batch, estimate: Estimate, whole: Denominators, tally: Tally) -> Tensor:
         """Surrogate, KL and entropy terms of some rows of a minibatch whose counted tokens are `whole`. -> scalar."""
         mask = rows.completion_mask & estimate.batch_counts[:, None]

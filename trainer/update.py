@@ -5,7 +5,7 @@ Every order is a function of (seed, step) and of shapes alone. Never looks at te
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,86 +86,132 @@ class Learner:
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["base_rate"] * factor
-        tally, seen = Tally(), torch.zeros_like(batch.sampling_logprobs)
-        train_policy = step > self.options.value_warmup_steps
-        done = [self._update_minibatch(batch, estimate, rows, train_policy, seen, tally, step) for rows in plan]
-        old = seen if batch.old_logprobs is None else batch.old_logprobs
-        self._tally_kl_old(batch, old, estimate, tally)
-        report = tally.results() | {"skipped_optimizer_steps": float(done.count(False))}
+        now = _Step(batch, estimate, step, train_policy=step > self.options.value_warmup_steps)
+        done = [self._update_minibatch(now, minibatch) for minibatch in plan]
+        self._tally_kl_old(now)
+        report = now.tally.results() | {"skipped_optimizer_steps": float(done.count(False))}
         report |= {"learning_rate": self._optimizers["policy"].param_groups[0]["lr"], "kl_coefficient": self.options.kl_coefficient}
         if estimate.returns is not None:
             report["explained_variance"] = explained_variance(batch, estimate)
         return report
 
-    def _update_minibatch(
-        self, batch: Batch, estimate: Estimate, plan: list[Tensor], train_policy: bool, seen: Tensor, tally: Tally, step: int
-    ) -> bool:
+    def _update_minibatch(self, now: "_Step", plan: list[Tensor]) -> bool:
         """One optimizer step over the microbatches `plan`; False where nothing counts and the step is skipped."""
-        mask = batch.completion_mask & estimate.batch_counts[:, None]
-        whole = Denominators.of(mask[torch.cat(plan)])
+        whole = Denominators.of(now.mask[torch.cat(plan)])
         if whole.tokens == 0:
             return False
-        losses = [self._backward(batch, estimate, rows, whole, train_policy, seen, tally) for rows in plan if bool(mask[rows].any())]
-        loss = float(torch.stack(losses).sum())
+        parts = [part for part in self._split_silent(now, plan) if bool(now.mask[part.rows].any())]
+        loss = sum(self._backward(now, part, whole) for part in parts)
         if not math.isfinite(loss):
-            raise Diverged(f"The loss is {loss} in step {step}. A lower learning_rate or max_grad_norm may help.")
-        for name in ("loss", *(["policy_loss"] if train_policy else []), *(["value_loss"] if estimate.returns is not None else [])):
-            tally.add(name, 0.0, 1)
-        self._step_optimizers(train_policy, tally, step)
+            raise Diverged(f"The loss is {loss} in step {now.number}. A lower learning_rate or max_grad_norm may help.")
+        for name in ("loss", *(["policy_loss"] if now.train_policy else []), *(["value_loss"] if self.options.needs_values else [])):
+            now.tally.add(name, 0.0, 1)
+        self._step_optimizers(now)
         return True
 
-    def _backward(
-        self, batch: Batch, estimate: Estimate, rows: Tensor, whole: Denominators, train_policy: bool, seen: Tensor, tally: Tally
-    ) -> Tensor:
-        """Adds the gradient of one microbatch; -> its part of the loss. Writes the log-probs that it saw into `seen`."""
-        part, targets = batch.select(rows), estimate.select(rows)
-        scores = self._score(part)
-        seen[rows] = scores.logprobs.detach()
-        loss = torch.zeros((), dtype=scores.logprobs.dtype, device=scores.logprobs.device)
-        policy_loss = self._objective.policy_loss(scores, part, targets, whole, tally)
-        if train_policy:
-            tally.add("policy_loss", policy_loss, 0)
-            loss = loss + policy_loss
-        if targets.returns is not None:
-            value_loss = self._objective.value_loss(scores, part, targets, whole)
-            tally.add("value_loss", value_loss, 0)
-            loss = loss + (value_loss if self.policy.values_are_separate else self.options.value_coefficient * value_loss)
-        tally.add("loss", loss, 0)
-        loss.backward()
-        self._on_progress()
-        return loss.detach()
+    def _split_silent(self, now: "_Step", plan: list[Tensor]) -> list["_Microbatch"]:
+        """The microbatches, with groups whose gradient is 0 by themselves: those are only scored, for the metrics.
 
-    def _step_optimizers(self, train_policy: bool, tally: Tally, step: int) -> None:
+        Only where advantages are all there is to learn from, and where nothing was scored with `plan` before.
+        """
+        rows = torch.cat(plan).sort().values
+        heard = now.batch.groups[(now.estimate.advantages != 0).any(1)].unique()
+        is_heard = torch.isin(now.batch.groups[rows], heard)
+        must_keep_plan = now.batch.old_logprobs is not None or not self._objective.is_silent_without_advantage
+        if must_keep_plan or bool(is_heard.all()) or not bool(is_heard.any()):
+            return [_Microbatch(part, is_silent=False) for part in plan]
+        return [
+            _Microbatch(part, is_silent)
+            for is_silent, chosen in ((False, rows[is_heard]), (True, rows[~is_heard]))
+            for part in self.policy.plan(now.batch, chosen, self.options.microbatch_tokens)
+        ]
+
+    def _backward(self, now: "_Step", part: "_Microbatch", whole: Denominators) -> float:
+        """Adds the gradient of one microbatch; -> its part of the loss."""
+        batch, estimate = now.batch.select(part.rows), now.estimate.select(part.rows)
+        with torch.set_grad_enabled(not part.is_silent):
+            scores = self._score(batch)
+            losses = {}
+            policy_loss = self._objective.policy_loss(scores, batch, estimate, whole, now.tally)
+            if now.train_policy:
+                losses["policy_loss"] = policy_loss
+            if estimate.returns is not None:
+                losses["value_loss"] = self._objective.value_loss(scores, batch, estimate, whole)
+            weights = {"policy_loss": 1.0, "value_loss": 1.0 if self.policy.values_are_separate else self.options.value_coefficient}
+            loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        if not part.is_silent:
+            loss.backward()
+        now.seen[part.rows] = scores.logprobs.detach()
+        for name, value in {**losses, "loss": loss}.items():
+            now.tally.add(name, value, 0)
+        self._on_progress()
+        return float(loss.detach())
+
+    def _step_optimizers(self, now: "_Step") -> None:
         """Clips and steps; a shared backbone's head is clipped together with the policy, a separate value model by itself."""
         policy, value = self.policy.policy_parameters(), self.policy.value_parameters()
-        if not train_policy:
+        if not now.train_policy:
             for parameter in policy:
                 parameter.grad = None
         if value:
-            tally.add("value_grad_norm", _finite_norm(value, step), 1)
-        for optimizer in self._optimizers.values():
+            now.tally.add("value_grad_norm", self._checked(_norm(value), now), 1)
+        for name, optimizer in self._optimizers.items():
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
-            if optimizer is self._optimizers["policy"]:
-                tally.add("grad_norm", _checked(norm, step), 1)
+            norm = self._checked(nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm), now)
+            if name == "policy":
+                now.tally.add("grad_norm", norm, 1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _tally_kl_old(self, batch: Batch, old: Tensor, estimate: Estimate, tally: Tally) -> None:
+    def _tally_kl_old(self, now: "_Step") -> None:
         """k3 of the sampling weights against the updated ones, on the first eighth of the groups: a whole pass would cost too much."""
-        last_group = (int(batch.groups.max()) + 8) // 8
-        rows = (batch.groups < last_group).nonzero()[:, 0]
-        mask = batch.completion_mask & estimate.batch_counts[:, None]
-        for part in self.policy.plan(batch, rows, self.options.microbatch_tokens):
-            new = self.policy.score(batch.select(part), self.options.temperature).logprobs
-            tally.add_tokens("kl_old", k3(old[part], new), mask[part])
+        old = now.seen if now.batch.old_logprobs is None else now.batch.old_logprobs
+        last_group = (int(now.batch.groups.max()) + 8) // 8
+        rows = (now.batch.groups < last_group).nonzero()[:, 0]
+        for part in self.policy.plan(now.batch, rows, self.options.microbatch_tokens):
+            new = self._score_policy(now.batch.select(part)).logprobs
+            now.tally.add_tokens("kl_old", k3(old[part], new), now.mask[part])
+
+    def _checked(self, norm: Tensor, now: "_Step") -> float:
+        value = float(norm)
+        if not math.isfinite(value):
+            raise Diverged(f"The gradient norm is {value} in step {now.number}. A lower learning_rate or max_grad_norm may help.")
+        return value
+
+    def _score_policy(self, rows: Batch) -> Scores:
+        return self.policy.score(rows, self.options.temperature)
 
     def _score(self, rows: Batch) -> Scores:
         return self.policy.score(rows, self.options.temperature, with_values=self.options.needs_values)
 
     def _reference(self, rows: Batch) -> Tensor:
         return self.policy.reference_logprobs(rows, self.options.temperature)
+
+
+@dataclass
+class _Step:
+    """One step's update while it runs."""
+
+    batch: Batch
+    estimate: Estimate
+    number: int
+    train_policy: bool
+    """False while the value model warms up."""
+
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.mask = self.batch.completion_mask & self.estimate.batch_counts[:, None]
+        self.seen = torch.zeros_like(self.batch.sampling_logprobs)
+        """[B, T] log-probs of the last pass: with a single pass those of the weights that sampled."""
+
+
+@dataclass(frozen=True)
+class _Microbatch:
+    rows: Tensor
+    is_silent: bool
+    """No row of it has a gradient."""
 
 
 def explained_variance(batch: Batch, estimate: Estimate) -> float:
@@ -204,13 +250,6 @@ def _gather(batch: Batch, plan: list[Tensor], parts: list[Tensor]) -> Tensor | N
     return whole
 
 
-def _finite_norm(parameters: Iterable[nn.Parameter], step: int) -> float:
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     norms = [parameter.grad.norm() for parameter in parameters if parameter.grad is not None]
-    return _checked(torch.stack(norms).norm(), step) if norms else 0.0
-
-
-def _checked(norm: Tensor, step: int) -> float:
-    value = float(norm)
-    if not math.isfinite(value):
-        raise Diverged(f"The gradient norm is {value} in step {step}. A lower learning_rate or max_grad_norm may help.")
-    return value
+    return torch.stack(norms).norm() if norms else torch.zeros(())

@@ -10,9 +10,9 @@ from core.errors import Diverged
 from core.options import Options
 from core.presets import resolve_options
 from trainer.advantages import make_estimator
-from trainer.batch import Batch, Estimate
+from trainer.batch import Batch, Estimate, Scores
 from trainer.policy import Policy
-from trainer.update import Learner, explained_variance, learning_rate_factor
+from trainer.update import Learner, _Microbatch, explained_variance, learning_rate_factor
 
 GROUPS, GROUP_SIZE, LENGTH = 4, 2, 6
 FULL = {"finetuning": "full", "precision": "float32", "group_size": GROUP_SIZE, "batch_size": GROUPS, "max_completion_tokens": LENGTH}
@@ -276,3 +276,24 @@ def test_every_option_of_the_optimizer_reaches_it(tiny: Path) -> None:
     assert report["learning_rate"] == 5e-4
     assert groups["policy"]["weight_decay"] == 0.3
     assert groups["policy"]["betas"] == (0.9, 0.95)
+
+
+def test_groups_without_variance_cost_no_backward_pass_and_change_no_number(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = [0.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.2, 0.9]
+    batch = make_rollouts(rewards)
+    expected = make_learner(tiny, kl_coefficient=0.0, max_grad_norm=1e9)
+    monkeypatch.setattr(expected, "_split_silent", lambda now, plan: [_Microbatch(part, is_silent=False) for part in plan])
+    learner = make_learner(tiny, kl_coefficient=0.0, max_grad_norm=1e9)
+    scored: list[tuple[bool, int]] = []
+    score = learner.policy.score
+
+    def counting(rows: Batch, temperature: float, *, with_values: bool = False) -> Scores:
+        scored.append((torch.is_grad_enabled(), len(rows.groups)))
+        return score(rows, temperature, with_values=with_values)
+
+    monkeypatch.setattr(learner.policy, "score", counting)
+    reports = [run_step(expected, batch), run_step(learner, batch)]
+    assert scored[:2] == [(True, 4), (False, 4)]
+    assert reports[0] == pytest.approx(reports[1], rel=1e-4, abs=1e-6)
+    for name, tensor in expected.policy.trainable_state().items():
+        torch.testing.assert_close(learner.policy.trainable_state()[name], tensor, rtol=0, atol=1e-5)
