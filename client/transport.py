@@ -2,7 +2,6 @@
 
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +17,7 @@ LONGEST_WAIT_SECONDS = 10.0
 
 
 class Transport:
-    """Requests that may be repeated safely are: GETs, and POSTs, which carry an idempotency key."""
+    """Only what cannot happen twice is repeated: a GET or DELETE, and any request that the server refused with 429."""
 
     def __init__(self, base_url: str, api_key: str, *, timeout: httpx.Timeout = TIMEOUT, http: httpx.BaseTransport | None = None) -> None:
         """`base_url` ends in /v1. `http` replaces the network in tests."""
@@ -29,10 +28,8 @@ class Transport:
         return self._json("GET", path, params=_given(query))
 
     def post(self, path: str, body: Object | None = None, **options: Any) -> Object:
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
         content = None if body is None else json.dumps(body).encode()
-        if content is not None:
-            headers["Content-Type"] = "application/json"
+        headers = {} if content is None else {"Content-Type": "application/json"}
         return self._json("POST", path, content=content, headers=headers, **options)
 
     def delete(self, path: str) -> Object:
@@ -63,7 +60,8 @@ class Transport:
             try:
                 return self._once(method, path, **options)
             except (ConnectionFailed, ServerError, RateLimited) as error:
-                if attempt == MAX_ATTEMPTS:
+                may_have_happened = method == "POST" and not isinstance(error, RateLimited)
+                if attempt == MAX_ATTEMPTS or may_have_happened:
                     raise
                 time.sleep(_wait_seconds(error, attempt))
         raise AssertionError("the last attempt returns or raises")
