@@ -1,7 +1,7 @@
 """One row of a training file: the chat messages and everything else, which graders see as `item`. Used by validation and by the trainer."""
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,6 +30,10 @@ class Row(BaseModel):
         return self.model_dump()
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
 def parse_row(line: bytes, number: int, param: str) -> Row:
     """The row on line `number` of the file that the job calls `param` (training_file or validation_file).
 
@@ -37,7 +41,7 @@ def parse_row(line: bytes, number: int, param: str) -> Row:
     """
     code = f"invalid_{param}"
     try:
-        raw = json.loads(line)
+        raw = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"Line {number} is not JSON: {error}.", code=code, param=param) from error
     if not isinstance(raw, dict):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SEED = 7
-NUM_HELD_OUT = 128
+NUM_HELD_OUT = 64
 NUM_TRAINING = 1200
 EVAL_SAMPLES = 4
 """Completions of each held-out row."""
@@ -28,8 +28,11 @@ class Plan:
 
 
 PLANS = {
-    "grpo": Plan({**COMMON, "learning_rate": 1e-5, "warmup_steps": 5, "kl_coefficient": 0.0, "max_steps": 80}, least_rise=0.25),
-    "ppo": Plan({**COMMON, "learning_rate": 1e-5, "warmup_steps": 5, "kl_coefficient": 0.0, "max_steps": 80}, least_rise=0.10),
+    "grpo": Plan({**COMMON, "learning_rate": 1e-5, "warmup_steps": 5, "kl_coefficient": 0.0, "max_steps": 40}, least_rise=0.25),
+    "ppo": Plan(
+        {**COMMON, "learning_rate": 1e-5, "warmup_steps": 5, "kl_coefficient": 0.0, "max_steps": 40, "value_model": "shared_backbone"},
+        least_rise=0.10,
+    ),
 }
 
 

@@ -76,6 +76,7 @@ def test_registered_endpoint_is_told_from_an_inline_one() -> None:
         ({"type": "wat"}, "grader.type"),
         ({**STRING_CHECK, "operation": "neq"}, "grader.operation"),
         ({"type": "endpoint", "url": "ftp://host/"}, "grader.url"),
+        ({"type": "endpoint", "url": "https://host/", "pass_threshold": float("inf")}, "grader.pass_threshold"),
         ({"type": "multi", "graders": {"a": {"type": "multi"}}, "calculate_output": "a"}, "grader.graders.a.type"),
         ({"type": "multi", "graders": {"a": {**STRING_CHECK, "inptu": ""}}, "calculate_output": "a"}, "grader.graders.a.inptu"),
         ({"type": "python", "source": "x" * 256_001}, "grader.source"),
@@ -98,6 +99,7 @@ def test_wrong_grader_names_its_own_field(raw: Any, param: str) -> None:
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "Line 7: the last message must be from 'user'"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "Line 7, 'messages.0.role'"),
         (b"[" * 100_000, "Line 7 is not JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "answer": NaN}', "Line 7 is not JSON: NaN"),
     ],
 )
 def test_bad_row_is_refused_with_its_line(line: bytes, message: str) -> None:
