@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from core.options import Options
-from tests.trainer.batches import make_batch, random_masks
+from tests.trainer.handmade import make_batch, random_masks
 from trainer.advantages import generalized_advantages, make_estimator, terminal_rewards, whiten
 
 GAE = {"advantage_estimator": "gae", "value_model": "separate", "kl_coefficient": 0.0}

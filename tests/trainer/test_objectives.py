@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from core.options import Options
-from tests.trainer.batches import make_batch, random_masks
+from tests.trainer.handmade import make_batch, random_masks
 from trainer.batch import Estimate, Scores
 from trainer.kl import KL_ESTIMATORS
 from trainer.objectives import Denominators, make_objective
