@@ -120,6 +120,14 @@ class Policy:
             values = _spread(self._value_model.values(layout, seen), layout, batch)
         return Scores(_spread(logprobs, layout, batch), _spread(entropies, layout, batch), values)
 
+    def values(self, batch: Batch) -> Tensor:
+        """[b, T] float32 of the value model alone: no token is scored, and a separate model spares the policy's pass."""
+        if self._value_model is None:
+            raise TrainingError("values were asked for, but the options have no value model")
+        layout = self._layout(batch)
+        hidden = None if self._value_model.is_separate else self._hidden(self.model, layout)
+        return _spread(self._value_model.values(layout, hidden), layout, batch)
+
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> Tensor:
         """[b, T] float32 under the weights before training: the base without its adapter, or the frozen copy."""

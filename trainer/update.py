@@ -64,10 +64,14 @@ class Learner:
         microbatches of the first pass of the update, so that the first ratio is exactly 1.
         """
         first_pass = [rows for minibatch in plan[: len(plan) // self.options.epochs_per_batch] for rows in minibatch]
-        if len(plan) > 1 or kl_in_reward(self.options) or self.options.needs_values:
+        if len(plan) > 1 or kl_in_reward(self.options):
             parts = [self._score(batch.select(rows)) for rows in first_pass]
-            values = _gather(batch, first_pass, [part.values for part in parts if part.values is not None])
-            batch = replace(batch, old_logprobs=_gather(batch, first_pass, [part.logprobs for part in parts]), values=values)
+            values = [part.values for part in parts if part.values is not None]
+            batch = replace(batch, old_logprobs=_gather(batch, first_pass, [part.logprobs for part in parts]))
+        else:
+            values = [self.policy.values(batch.select(rows)) for rows in first_pass if self.options.needs_values]
+        if values:
+            batch = replace(batch, values=_gather(batch, first_pass, values))
         if self.options.needs_reference:
             reference = [self._reference(batch.select(rows)) for rows in first_pass]
             batch = replace(batch, reference_logprobs=_gather(batch, first_pass, reference))
@@ -117,8 +121,8 @@ class Learner:
         rows = torch.cat(plan).sort().values
         heard = now.batch.groups[(now.estimate.advantages != 0).any(1)].unique()
         is_heard = torch.isin(now.batch.groups[rows], heard)
-        must_keep_plan = now.batch.old_logprobs is not None or not self._objective.is_silent_without_advantage
-        if must_keep_plan or bool(is_heard.all()) or not bool(is_heard.any()):
+        all_count = self.options.needs_values or not self._objective.is_silent_without_advantage
+        if all_count or now.batch.old_logprobs is not None or bool(is_heard.all()) or not bool(is_heard.any()):
             return [_Microbatch(part, is_silent=False) for part in plan]
         return [
             _Microbatch(part, is_silent)
@@ -170,7 +174,7 @@ class Learner:
         last_group = (int(now.batch.groups.max()) + 8) // 8
         rows = (now.batch.groups < last_group).nonzero()[:, 0]
         for part in self.policy.plan(now.batch, rows, self.options.microbatch_tokens):
-            new = self._score_policy(now.batch.select(part)).logprobs
+            new = self.policy.score(now.batch.select(part), self.options.temperature).logprobs
             now.tally.add_tokens("kl_old", k3(old[part], new), now.mask[part])
 
     def _checked(self, norm: Tensor, now: "_Step") -> float:
@@ -178,9 +182,6 @@ class Learner:
         if not math.isfinite(value):
             raise Diverged(f"The gradient norm is {value} in step {now.number}. A lower learning_rate or max_grad_norm may help.")
         return value
-
-    def _score_policy(self, rows: Batch) -> Scores:
-        return self.policy.score(rows, self.options.temperature)
 
     def _score(self, rows: Batch) -> Scores:
         return self.policy.score(rows, self.options.temperature, with_values=self.options.needs_values)
@@ -240,10 +241,8 @@ def _adamw(groups: list[dict[str, Any]], options: Options) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=groups[0]["base_rate"], betas=BETAS, weight_decay=options.weight_decay, fused=True)
 
 
-def _gather(batch: Batch, plan: list[Tensor], parts: list[Tensor]) -> Tensor | None:
-    """The parts [b, T] of the microbatches in the rows' own order. -> [B, T], None without parts."""
-    if not parts:
-        return None
+def _gather(batch: Batch, plan: list[Tensor], parts: list[Tensor]) -> Tensor:
+    """The parts [b, T] of the microbatches in the rows' own order. -> [B, T]."""
     whole = torch.zeros_like(batch.sampling_logprobs, dtype=parts[0].dtype)
     for rows, part in zip(plan, parts, strict=True):
         whole[rows] = part

@@ -132,7 +132,9 @@ def test_a_minibatch_is_whole_groups_and_a_pass_holds_each_group_once(tiny: Path
     assert str(plan) == str(learner.plan(batch, 1))
 
 
-@pytest.mark.parametrize("given", [{"epochs_per_batch": 2, "microbatch_tokens": 16}, {"minibatches_per_batch": 2}, SEPARATE, SHARED])
+@pytest.mark.parametrize(
+    "given", [{"epochs_per_batch": 2, "microbatch_tokens": 16}, {"minibatches_per_batch": 2}, {**SHARED, "epochs_per_batch": 2}]
+)
 def test_the_first_ratio_is_exactly_1_where_old_log_probs_are_scored(tiny: Path, given: dict[str, Any]) -> None:
     learner = make_learner(tiny, **given)
     batch = make_rollouts()
@@ -142,6 +144,21 @@ def test_the_first_ratio_is_exactly_1_where_old_log_probs_are_scored(tiny: Path,
     for rows in plan[0]:
         now = learner.policy.score(scored.select(rows), 1.0, with_values=learner.options.needs_values).logprobs
         assert torch.equal(now.detach(), scored.old_logprobs[rows])
+
+
+@pytest.mark.parametrize("given", [SEPARATE, SHARED])
+def test_recorded_values_are_those_that_the_first_pass_of_the_update_sees(tiny: Path, given: dict[str, Any]) -> None:
+    learner = make_learner(tiny, value_warmup_steps=3, **given)
+    batch = make_rollouts()
+    run_step(learner, batch)
+    plan = learner.plan(batch, 2)
+    scored = learner.score(batch, plan)
+    assert scored.values is not None
+    assert scored.values.any()
+    for rows in plan[0]:
+        now = learner.policy.score(scored.select(rows), 1.0, with_values=True).values
+        assert now is not None
+        assert torch.equal(now.detach(), scored.values[rows])
 
 
 def test_a_single_pass_on_fresh_data_costs_no_scoring(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
