@@ -108,6 +108,11 @@ def reap_orphans(own: Iterable[int]) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
+def children() -> frozenset[int]:
+    """The processes that this one has started or adopted."""
+    return frozenset(process.pid for process in all_processes() if process.parent == os.getpid())
+
+
 def kill_orphans(own: Iterable[int]) -> None:
     """Kills the processes that we adopted (children of a dead child), with everything below them."""
     known = set(own)

@@ -33,6 +33,8 @@ class Supervisor:
     running: dict[str, Running] = field(default_factory=dict)
     searched_at: float = 0.0
     """When orphans were last looked for."""
+    others: frozenset[int] = field(default_factory=processes.children)
+    """Children that this process had before it supervised anything: they are nobody's orphans."""
 
     def start(self, part: Part) -> None:
         self.running[part.name] = Running(part, spawn(part), time.monotonic())
@@ -54,9 +56,9 @@ class Supervisor:
             if entry.restart_at is not None and now >= entry.restart_at:
                 entry.process, entry.started_at, entry.restart_at = spawn(entry.part), now, None
         if dead or now - self.searched_at > ORPHAN_SEARCH_SECONDS:
-            processes.kill_orphans(self.pids())
+            processes.kill_orphans([*self.pids(), *self.others])
             self.searched_at = now
-        processes.reap_orphans(self.pids())
+        processes.reap_orphans([*self.pids(), *self.others])
 
     def _schedule(self, entry: Running, now: float) -> None:
         lived_well = now - entry.started_at >= HEALTHY_SECONDS

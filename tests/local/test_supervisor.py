@@ -49,6 +49,20 @@ def test_dead_process_is_started_again_and_each_time_later(supervisor: Superviso
     assert "broken ended with code 3" in said[0]
 
 
+def test_children_from_before_the_supervision_are_left_alone(said: list[str], tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"])
+    supervisor = Supervisor(said.append)
+    supervisor.start(part(tmp_path, "broken", "raise SystemExit(3)"))
+    try:
+        assert wait_for(lambda: bool(supervisor.ended()), 5)
+        supervisor.tick()
+        assert other.poll() is None
+    finally:
+        supervisor.stop(list(supervisor.running), lambda: True)
+        other.kill()
+        other.wait()
+
+
 def test_process_that_lived_long_waits_no_longer_than_after_its_first_death(supervisor: Supervisor, tmp_path: Path) -> None:
     supervisor.start(part(tmp_path, "old", "raise SystemExit(1)"))
     entry = supervisor.running["old"]
