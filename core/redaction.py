@@ -20,6 +20,9 @@ class Redactor:
     def clean(self, text: str) -> str:
         return self._pattern.sub(MASK, text) if self._pattern else text
 
+    def clean_optional(self, text: str | None) -> str | None:
+        return None if text is None else self.clean(text)
+
 
 def secret_values(secrets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Every secret in {secret_ref: {"headers": {...}, "signing_secret": str | None}}, a signing secret also without its prefix."""

@@ -21,9 +21,9 @@ import httpx
 
 from core.errors import InvalidRequest
 from core.grader_specs import PinnedEndpointGrader
+from core.redaction import Redactor, secret_values
 from graders.grade import Grade, GradeFailure, GradeRequest, failed, shorten
 from graders.limits import Pacer
-from graders.redaction import endpoint_redactor
 from graders.reply import parse_reply
 from outbound.safe_http import AddressRefused, Answer, NetworkPolicy, ResponseTooLarge, check_url, make_client, send
 from outbound.signing import ID_HEADER, TIMESTAMP_HEADER, sign
@@ -80,7 +80,7 @@ class EndpointGrader:
         self._headers = {name.lower(): value for name, value in headers.items()}
         self._signing_secret = signing_secret
         self._retry = retry or RetryPolicy()
-        self._redactor = endpoint_redactor(headers, signing_secret)
+        self._redactor = Redactor(secret_values({"endpoint": {"headers": headers, "signing_secret": signing_secret}}))
         self._places = asyncio.Semaphore(spec.max_concurrency)
         self._pacer = Pacer(spec.rate_limit)
         self._client = make_client(

@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from core.errors import InvalidGrade
+from core.redaction import Redactor
 from graders.grade import MAX_EXPLANATION_CHARACTERS, Grade, GradeFailure, failed, shorten
-from graders.redaction import Redactor
 
 MAX_SUB_SCORES = 64
 MAX_NAME_CHARACTERS = 64

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from core.redaction import Redactor, secret_values
 from core.run_directory import CONTROL, LOCK, OUTCOME, SECRETS_FD, End, publish_json, read_outcome
 from trainer.control import ControlReader, Pulse
 from trainer.loop import run_job
-from trainer.redaction import RedactingFormatter, Redactor
+from trainer.redaction import RedactingFormatter
 from trainer.session import Secrets
 
 PR_SET_PDEATHSIG = 1
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(SECRETS_FD, type=int, default=None, help="descriptor of a pipe that holds the job's secrets as JSON")
     given = parser.parse_args(arguments)
     secrets = {} if given.secrets_fd is None else read_secrets(given.secrets_fd)
-    redactor = Redactor(secrets)
+    redactor = Redactor(secret_values(secrets))
     set_up_log(redactor)
     directory: Path = given.run_directory.resolve()
     lock = hold(directory)

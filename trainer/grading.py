@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from core.errors import GraderUnavailable
+from core.redaction import Redactor
 from core.run_directory import ResolvedJob
 from graders.grade import Grade, Grader, GradeRequest, idempotency_key
 from trainer.batch import Graded, Rollout
 from trainer.config import grader_version
 from trainer.journal import Occasion, RewardJournal
-from trainer.redaction import Redactor
 
 WAIT_SECONDS = 0.2
 CLOSE_SECONDS = 10.0

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from core.redaction import Redactor
 from core.run_directory import EVENTS, METRICS, SAMPLES, EventLine, LineWriter, MetricsLine, SampleLine
 from trainer.batch import Batch, Estimate, Graded
-from trainer.redaction import Redactor
 
 Phase = Literal["train", "valid"]
 

@@ -1,30 +1,8 @@
-"""Keeps the job's secrets out of everything that the trainer writes: log, events, explanations."""
+"""Log lines without the job's secrets."""
 
 import logging
-from typing import Any
 
-MASK = "**********"
-MIN_PART = 8
-
-
-class Redactor:
-    """Replaces every secret of {secret_ref: {"headers": {...}, "signing_secret": str | None}} by a mask."""
-
-    def __init__(self, secrets: dict[str, dict[str, Any]]) -> None:
-        values: set[str] = set()
-        for entry in secrets.values():
-            for value in [*(entry.get("headers") or {}).values(), entry.get("signing_secret")]:
-                if value:
-                    values |= {value, *(part for part in value.split() if len(part) >= MIN_PART)}
-        self._values = sorted(values, key=len, reverse=True)
-
-    def clean(self, text: str) -> str:
-        for value in self._values:
-            text = text.replace(value, MASK)
-        return text
-
-    def clean_optional(self, text: str | None) -> str | None:
-        return None if text is None else self.clean(text)
+from core.redaction import Redactor
 
 
 class RedactingFormatter(logging.Formatter):

@@ -10,6 +10,7 @@ import torch
 from core.errors import InvalidRequest, TrainingError
 from core.folders import folder_digest
 from core.grader_specs import PinnedGraderSpec
+from core.redaction import Redactor, secret_values
 from core.run_directory import MODEL, REWARDS, TRAIN, VALID, ResolvedJob
 from graders.build import build_grader
 from graders.grade import Grader
@@ -34,7 +35,6 @@ from trainer.journal import RewardJournal
 from trainer.metrics import Recorder, Stopwatch
 from trainer.policy import Policy
 from trainer.random import Purpose
-from trainer.redaction import Redactor
 from trainer.rollout import RolloutEngine, Sampling
 from trainer.tokens import end_token_ids, ignored_sampling_defaults, load_tokenizer
 from trainer.update import Learner
@@ -105,7 +105,7 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     schedule = make_schedule(job.options, len(prompts))
     point = find_resume_point(directory)
     restore_outputs(directory, point)
-    redactor = Redactor(secrets)
+    redactor = Redactor(secret_values(secrets))
     recorder = Recorder(directory, redactor, grader_version(job.grader), schedule.total_steps)
     network = NetworkPolicy(job.allowed_private_networks, job.allow_http_graders)
     journal = RewardJournal(directory / REWARDS)

@@ -4,7 +4,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graders.redaction import MASK, Redactor
+from core.redaction import MASK, Redactor
 from graders.reply import parse_reply
 
 JSON = st.recursive(

@@ -11,6 +11,7 @@ import pytest
 from core.errors import GraderUnavailable
 from core.grader_specs import PinnedEndpointGrader, StringCheckGrader
 from core.presets import resolve_options
+from core.redaction import Redactor, secret_values
 from core.run_directory import REWARDS, Control, ModelSource, ResolvedJob
 from graders.grade import Grade, GradeRequest
 from tests.trainer.runs import FunctionGrader
@@ -19,7 +20,6 @@ from trainer.config import grader_version
 from trainer.control import StopRequested
 from trainer.grading import GradingService
 from trainer.journal import Occasion, RewardJournal
-from trainer.redaction import Redactor
 
 JOB = ResolvedJob(
     job_id="ftjob-1",
@@ -40,7 +40,7 @@ def rollout(index: int = 0, g: int = 0, text: str = "abc", tokens: tuple[int, ..
 
 @contextmanager
 def service(path: Path, grader: object, job: ResolvedJob = JOB) -> Iterator[GradingService]:
-    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), Redactor(SECRETS), lambda: None)  # type: ignore[arg-type,return-value]
+    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), Redactor(secret_values(SECRETS)), lambda: None)  # type: ignore[arg-type,return-value]
     try:
         yield running
     finally:

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+from core.redaction import MASK, Redactor, secret_values
 from core.run_directory import CONTROL, OUTCOME, SECRETS_FD, Control, End, publish_json, read_outcome, write_control
 from tests.trainer.runs import make_run_directory, read_metrics
 from trainer.__main__ import has_ended, hold
 from trainer.checkpoints import find_resume_point
-from trainer.redaction import MASK, Redactor
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,6 @@ def test_a_directory_that_another_trainer_holds_is_left_alone(tmp_path: Path) ->
 
 
 def test_the_redactor_masks_whole_values_and_their_long_parts() -> None:
-    redactor = Redactor({"a": {"headers": {"Authorization": "Bearer abcdefgh12"}, "signing_secret": "whsec_x"}, "b": {}})
+    redactor = Redactor(secret_values({"a": {"headers": {"Authorization": "Bearer abcdefgh12"}, "signing_secret": "whsec_x"}, "b": {}}))
     assert redactor.clean("got abcdefgh12 and whsec_x, a Bearer token") == f"got {MASK} and {MASK}, a Bearer token"
     assert redactor.clean_optional(None) is None
