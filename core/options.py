@@ -1,12 +1,8 @@
-"""Every training option with its vetted default, and the one check of which options go together.
+"""Every training option with its vetted default and its range. Which options go together: `core/compatibility.py`."""
 
-Not covered yet (refused as unknown): top_p, top_k, min_p, kl_target, truncation_bootstrap, dynamic_sampling,
-overlong_penalty, max_staleness, gradient_checkpointing, target_reward, patience.
-"""
+from typing import Annotated, Any, Literal
 
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -51,6 +47,16 @@ class Options(BaseModel):
     """T, sampled tokens per completion at most."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Divides the logits everywhere: sampling, old, current and reference log-probs."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Samples from the smallest set of tokens whose probability reaches top_p, and scores over that set. 1: off."""
+    top_k: Count | None = None
+    """Samples from the top_k most likely tokens, and scores over them. None: off."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Samples from tokens at least min_p times as likely as the likeliest, and scores over them. 0: off."""
+    dynamic_sampling: Annotated[int, Field(ge=0, le=16)] = 0
+    """Rounds in which a step may replace groups without signal (all grades equal) by those of other prompts. 0: off (DAPO)."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: the next batch is generated before the update, while graders work. 0: strictly on-policy."""
     stop: Annotated[tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...], Field(max_length=4, strict=False)] = ()
     """Strings that end a completion; the grader's text excludes them."""
 
@@ -69,6 +75,8 @@ class Options(BaseModel):
     """Lambda of the advantages (`gae`)."""
     value_gae_lambda: Fraction = 1.0
     """Lambda of the value head's targets (`gae`)."""
+    truncation_bootstrap: bool = False
+    """A truncated completion ends with the value of its last state in place of its grade (`gae`)."""
 
     # Objective.
     surrogate: Literal["clip", "cispo"] = "clip"
@@ -89,6 +97,10 @@ class Options(BaseModel):
     """Schulman's estimators of the KL divergence."""
     kl_placement: Literal["loss", "reward"] = "loss"
     """A term of the loss, or a penalty on the reward of each token."""
+    kl_target: Positive | None = None
+    """k1 per completion that the coefficient is steered to after each step. None: a fixed coefficient."""
+    kl_horizon: Positive = 10_000.0
+    """Completions over which the coefficient follows `kl_target`: it moves by at most 20 % * completions / kl_horizon a step."""
     entropy_coefficient: NotNegative = 0.0
     """Weight of the entropy bonus."""
     mismatch_correction: Literal["none", "truncate", "reject"] = "truncate"
@@ -97,6 +109,8 @@ class Options(BaseModel):
     """The cap of `mismatch_correction`."""
     mask_truncated: bool = False
     """Completions cut at `max_completion_tokens` count for nothing (counts = 0)."""
+    overlong_penalty: Fraction = 0.0
+    """Over this last fraction of `max_completion_tokens` the reward falls linearly, by 1 at the end (DAPO). 0: off."""
 
     # Value model.
     value_model: Literal["separate", "shared_backbone"] | None = None
@@ -141,6 +155,8 @@ class Options(BaseModel):
     """Modules with adapters; `all-linear` is every linear layer but the head."""
     precision: Literal["float32", "bf16"] = "bf16"
     """bf16: forward and backward in bf16 with float32 master weights."""
+    gradient_checkpointing: bool = False
+    """Computes the layers' activations again in the backward pass: less memory, about a third more time."""
     deterministic: bool = True
     """Deterministic kernels and a fixed thread count."""
 
@@ -153,13 +169,10 @@ class Options(BaseModel):
     """Steps between resume points."""
     keep_checkpoints: Count = 3
     """Checkpoints with the best `valid_reward_mean` that are kept, beside the newest."""
-
-    @model_validator(mode="after")
-    def _refuse_contradictions(self) -> Self:
-        for wrong, message in _contradictions(self):
-            if wrong:
-                raise ValueError(message)
-        return self
+    target_reward: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """The run ends, succeeded, at the first evaluation whose `valid_reward_mean` reaches it. None: off."""
+    patience: Count | None = None
+    """The run ends, succeeded, after so many evaluations in a row without a new best `valid_reward_mean`. None: off."""
 
     @property
     def needs_values(self) -> bool:
@@ -168,66 +181,6 @@ class Options(BaseModel):
     @property
     def needs_reference(self) -> bool:
         return self.kl_coefficient > 0
-
-
-def _contradictions(options: Options) -> list[tuple[bool, str]]:
-    """Every pair of options that cannot work together, with a message that names both."""
-    estimator = options.advantage_estimator
-    return [
-        (
-            options.value_model is not None and estimator != "gae",
-            f"value_model '{options.value_model}' needs advantage_estimator 'gae', not '{estimator}', which has no value model.",
-        ),
-        (
-            estimator == "group" and options.group_size == 1,
-            "group_size 1 cannot be used with advantage_estimator 'group': a group of one has no signal.",
-        ),
-        (
-            options.kl_coefficient > 0 and options.kl_estimator == "k1" and options.kl_placement == "loss",
-            "kl_estimator 'k1' cannot be used with kl_placement 'loss': its expected on-policy gradient is zero. Use 'k3', or 'reward'.",
-        ),
-        (
-            options.ratio_level == "sequence" and options.loss_aggregation != "sequence_mean",
-            f"ratio_level 'sequence' needs loss_aggregation 'sequence_mean', not '{options.loss_aggregation}'.",
-        ),
-        (
-            options.ratio_level == "sequence" and estimator != "group",
-            f"ratio_level 'sequence' cannot be used with advantage_estimator '{estimator}': its advantages differ between tokens.",
-        ),
-        (
-            options.surrogate == "cispo" and options.clip_dual is not None,
-            "clip_dual cannot be used with surrogate 'cispo', only with 'clip'.",
-        ),
-        (
-            options.minibatches_per_batch > options.batch_size,
-            f"minibatches_per_batch {options.minibatches_per_batch} is more than batch_size {options.batch_size}: "
-            "minibatches are whole groups.",
-        ),
-    ]
-
-
-_VALUE_OPTIONS = ("value_clip", "value_learning_rate", "value_warmup_steps", "value_gradient", "value_coefficient", "value_gae_lambda")
-_GAE_OPTIONS = ("gamma", "gae_lambda", "whiten_advantages")
-_LORA_OPTIONS = ("lora_rank", "lora_alpha", "lora_targets")
-
-
-def silenced(options: Options, given: set[str]) -> list[tuple[str, str]]:
-    """(option, why) of every option in `given` that would have no effect beside the others."""
-    estimator, value_model = options.advantage_estimator, options.value_model
-    rules: list[tuple[tuple[str, ...], bool, str]] = [
-        (_VALUE_OPTIONS, estimator != "gae", f"advantage_estimator '{estimator}', which has no value model"),
-        (_GAE_OPTIONS, estimator != "gae", f"advantage_estimator '{estimator}', only with 'gae'"),
-        (("advantage_scale", "advantage_baseline"), estimator != "group", f"advantage_estimator '{estimator}', only with 'group'"),
-        (_LORA_OPTIONS, options.finetuning == "full", "finetuning 'full'"),
-        (("kl_estimator", "kl_placement"), options.kl_coefficient == 0, "kl_coefficient 0"),
-        (("mismatch_cap",), options.mismatch_correction == "none", "mismatch_correction 'none'"),
-        (("value_coefficient",), value_model == "separate", "value_model 'separate', which has its own optimizer"),
-        (("value_gradient",), value_model == "separate", "value_model 'separate', which shares nothing with the policy"),
-        (("learning_rate_multiplier",), "learning_rate" in given, "learning_rate, which is absolute: give one of them"),
-        (("compute_multiplier",), "group_size" in given, "group_size, which is absolute: give one of them"),
-        (("n_epochs",), "max_steps" in given, "max_steps, which is absolute: give one of them"),
-    ]
-    return [(name, why) for names, is_silent, why in rules if is_silent for name in names if name in given]
 
 
 def _partial(model: type[BaseModel], name: str, doc: str) -> type[BaseModel]:

@@ -4,12 +4,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from core.compatibility import broken_rules, refusal, yielding
 from core.errors import InvalidRequest
-from core.options import BASE_LEARNING_RATE, Options, silenced
+from core.options import BASE_LEARNING_RATE, Options
 
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"advantage_scale": "none", "loss_aggregation": "fixed_length", "kl_coefficient": 0.0},
+    "dapo": {
+        "clip_high": 0.28,
+        "loss_aggregation": "token_mean",
+        "kl_coefficient": 0.0,
+        "dynamic_sampling": 4,
+        "overlong_penalty": 0.2,
+    },
     "gspo": {"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coefficient": 0.0},
     "rloo": {
         "advantage_scale": "none",
@@ -47,28 +55,16 @@ def resolve_options(algorithm: str, given: dict[str, Any]) -> Options:
         )
     prefix = "method.reinforcement.hyperparameters"
     explicit = {name: value for name, value in given.items() if value is not None and value != "auto"}
-    merged = {**_still_meant(PRESETS[algorithm], explicit), **explicit}
+    preset = {name: value for name, value in PRESETS[algorithm].items() if name not in yielding(PRESETS[algorithm], explicit)}
+    merged = {**preset, **explicit}
     try:
         options = Options(**merged)
     except ValidationError as error:
-        raise _as_request_error(error, explicit, merged, prefix) from error
-    for name, why in silenced(options, set(explicit)):
-        raise InvalidRequest(f"{name} has no effect with {why}.", code="incompatible_options", param=f"{prefix}.{name}")
+        raise _as_request_error(error, merged, prefix) from error
+    for rule in broken_rules(options, frozenset(explicit)):
+        param = rule.option if rule.option in explicit else rule.other
+        raise InvalidRequest(refusal(rule, options), code="incompatible_options", param=f"{prefix}.{param}")
     return _fill_automatic(options)
-
-
-def _still_meant(preset: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
-    """The preset without what an explicit option of the request takes the ground from.
-
-    Turning KL off also drops the preset's choice of KL estimator and placement; another estimator drops the preset's
-    value model, scale and baseline. Only options that the request itself names can contradict each other.
-    """
-    dropped: set[str] = set()
-    if explicit.get("kl_coefficient") == 0:
-        dropped |= {"kl_estimator", "kl_placement"}
-    if explicit.get("advantage_estimator", preset.get("advantage_estimator")) != preset.get("advantage_estimator"):
-        dropped |= {"value_model", "advantage_scale", "advantage_baseline", "ratio_level"}
-    return {name: value for name, value in preset.items() if name not in dropped}
 
 
 def _fill_automatic(options: Options) -> Options:
@@ -87,12 +83,7 @@ def _fill_automatic(options: Options) -> Options:
     return options.model_copy(update=filled)
 
 
-def _as_request_error(error: ValidationError, explicit: dict[str, Any], merged: dict[str, Any], prefix: str) -> InvalidRequest:
-    """Of two options that contradict each other, the one that the request itself names is the parameter."""
+def _as_request_error(error: ValidationError, merged: dict[str, Any], prefix: str) -> InvalidRequest:
     first = error.errors(include_url=False, include_context=False)[0]
-    if not first["loc"]:
-        message = str(first["msg"]).removeprefix("Value error, ")
-        named = sorted((name for name in Options.model_fields if name in message), key=lambda name: name not in explicit)
-        return InvalidRequest(message, code="incompatible_options", param=f"{prefix}.{named[0]}" if named else prefix)
     name = str(first["loc"][0])
     return InvalidRequest(f"'{name}': {first['msg']}; got {merged.get(name)!r}.", param=f"{prefix}.{name}")

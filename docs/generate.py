@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from core.compatibility import RULES, Limit, Rule
 from core.options import Options
 from core.presets import PRESETS
 from core.settings import Settings
@@ -22,7 +23,8 @@ Every installation-wide setting is an environment variable, read once per proces
 HEADER = """# Hyperparameters
 
 What `method.reinforcement.hyperparameters` takes. "auto" or nothing gives the default. An option that another one would
-silence, or that contradicts it, is refused at submit with both names. Generated from `core/options.py`.
+silence, or that contradicts it, is refused at submit with both names. Generated from `core/options.py`, `core/presets.py` and
+`core/compatibility.py`.
 
 | option | default | type | effect |
 | --- | --- | --- | --- |
@@ -37,6 +39,24 @@ def describe_type(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     bounds = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
     return " ".join([schema.get("type", ""), ", ".join(bounds)]).strip()
+
+
+def allowed(rule: Rule | Limit) -> str:
+    """What the table of compatibility asks of `other`, in a few words."""
+    if isinstance(rule, Limit):
+        return f"{'less than' if rule.is_strict else 'at most'} `{rule.other}`"
+    values = rule.needs or rule.refuses
+    words = " or ".join("left out" if value is None else f"`{value}`" for value in values)
+    return f"`{rule.other}` {'must be' if rule.needs else 'must not be'} {words}"
+
+
+def compatibility() -> list[str]:
+    rows = ["", "## What goes together", "", "Anything else is refused at submit with both names (`incompatible_options`).", ""]
+    rows += ["| option | only where | because it |", "| --- | --- | --- |"]
+    for rule in RULES:
+        values = "" if isinstance(rule, Limit) or not rule.values else " " + " or ".join(f"`{value}`" for value in rule.values)
+        rows.append(f"| `{rule.option}`{values} | {allowed(rule)} | {rule.why} |")
+    return rows
 
 
 def hyperparameters() -> str:
@@ -58,7 +78,7 @@ def hyperparameters() -> str:
         f"| `{name}` | {', '.join(f'`{option}: {value}`' for option, value in options.items()) or 'the defaults'} |"
         for name, options in PRESETS.items()
     ]
-    return HEADER + "\n".join([*rows, *presets]).replace("`None`", "automatic").replace("||", "/") + "\n"
+    return HEADER + "\n".join([*rows, *presets, *compatibility()]).replace("`None`", "automatic").replace("||", "/") + "\n"
 
 
 def configuration() -> str:

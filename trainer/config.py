@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from core.compatibility import broken_rules, refusal
 from core.errors import InvalidRequest, TrainingError, boundary
 from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec
 from core.options import Options
@@ -39,11 +40,13 @@ class Schedule:
 
 
 def load_job(run_directory: Path) -> ResolvedJob:
-    """Raises: TrainingError where job.json is missing, malformed or not resolved."""
+    """Raises: TrainingError where job.json is missing, malformed or not resolved, InvalidRequest for options that contradict each other."""
     with boundary(TrainingError, JOB):
         job = ResolvedJob.model_validate_json((run_directory / JOB).read_text())
     if job.options.learning_rate is None or job.options.group_size is None:
         raise TrainingError(f"{JOB} must hold effective options: learning_rate and group_size are not set.")
+    for rule in broken_rules(job.options, named=frozenset()):
+        raise InvalidRequest(refusal(rule, job.options), code="incompatible_options", param=rule.option)
     return job
 
 

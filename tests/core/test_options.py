@@ -73,9 +73,26 @@ def test_options_that_cannot_work_together_are_refused_with_both_names(
     assert other in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "given", "dropped"),
+    [
+        ("dapo", {"advantage_estimator": "batch"}, {"dynamic_sampling": 0}),
+        ("gspo", {"advantage_estimator": "gae"}, {"ratio_level": "token"}),
+        ("rloo", {"advantage_estimator": "gae"}, {"advantage_scale": "group", "advantage_baseline": "mean"}),
+        ("ppo", {"advantage_estimator": "group"}, {"value_model": None}),
+        ("rloo", {"kl_coefficient": 0.0}, {"kl_estimator": "k3", "kl_placement": "loss"}),
+    ],
+)
+def test_what_an_explicit_option_leaves_without_effect_falls_out_of_the_preset(
+    algorithm: str, given: dict[str, object], dropped: dict[str, object]
+) -> None:
+    options = resolve_options(algorithm, given)
+    assert {name: getattr(options, name) for name in dropped} == dropped
+
+
 def test_unknown_algorithm_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidRequest, match=r"dapo.*grpo"):
-        resolve_options("dapo", {})
+        resolve_options("trpo", {})
 
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("clip_low", 1.5), ("learning_rate", float("nan")), ("n_epochs", 51)])
