@@ -48,7 +48,7 @@ class Options(BaseModel):
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Divides the logits everywhere: sampling, old, current and reference log-probs."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Samples from the smallest set of tokens whose probability reaches top_p, and scores over that set. 1: off."""
+    """Samples from the smallest set of tokens whose share of what top_k leaves reaches top_p, and scores over that set. 1: off."""
     top_k: Count | None = None
     """Samples from the top_k most likely tokens, and scores over them. None: off."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0

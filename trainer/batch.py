@@ -5,10 +5,13 @@ the left and completions on the right, so that column L is every row's first com
 completion g of prompt q: a group is G consecutive rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,64 @@ class Prompt:
     """The dataset row, as graders see it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The tokens that could be sampled at each of n positions, where top_k, top_p or min_p leave out some: ragged rows of token ids.
+
+    Tokens 3 and 7 at the first position, none at the second (nothing was sampled there) and token 5 at the third:
+    offsets [0, 2, 2, 3], token_ids [3, 7, 5]. `vars(support)` are two plain tensors to save, `Support(**saved)` reads them back.
+    """
+
+    offsets: Tensor
+    """[n + 1] int64: row i is token_ids[offsets[i] : offsets[i + 1]]."""
+
+    token_ids: Tensor
+    """[K] int32, ascending within a row."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor]) -> Self:
+        """From the ids of each row. n tensors [k] -> n rows."""
+        return cls(_offsets(torch.tensor([len(row) for row in rows])), torch.cat(list(rows)).int())
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """The rows of each part, one part after the other."""
+        return cls(_offsets(torch.cat([part.lengths for part in parts])), torch.cat([part.token_ids for part in parts]))
+
+    @property
+    def lengths(self) -> Tensor:
+        """[n] int64: tokens of each row."""
+        return self.offsets.diff()
+
+    def pad(self, num_rows: int) -> Self:
+        """With empty rows behind, `num_rows` in all."""
+        return type(self)(functional.pad(self.offsets, (0, num_rows + 1 - len(self.offsets)), value=len(self.token_ids)), self.token_ids)
+
+    def select(self, rows: Tensor) -> Self:
+        """The rows `rows` [m] (int64 indices, in any order). -> m rows."""
+        lengths = self.lengths[rows]
+        offsets = _offsets(lengths)
+        size = int(offsets[-1])
+        shifts = (self.offsets[rows] - offsets[:-1]).repeat_interleave(lengths, output_size=size)
+        return type(self)(offsets, self.token_ids[torch.arange(size, device=rows.device) + shifts])
+
+    def mask(self, vocabulary: int) -> Tensor:
+        """[n, V] bool, True = in the row."""
+        lengths = self.lengths
+        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(self.token_ids))
+        mask = torch.zeros(len(lengths), vocabulary, dtype=torch.bool, device=lengths.device)
+        mask[rows, self.token_ids.long()] = True
+        return mask
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.offsets.to(device), self.token_ids.to(device))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Support):
+            return NotImplemented
+        return torch.equal(self.offsets, other.offsets) and torch.equal(self.token_ids, other.token_ids)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One finished completion of one prompt."""
@@ -36,13 +97,16 @@ class Rollout:
     """Sampled tokens up to AND including the end token or the token that completed a stop string."""
 
     logprobs: tuple[float, ...]
-    """log-probability of each sampled token under the distribution that sampled it (after temperature); same length."""
+    """log-probability of each sampled token under the distribution that sampled it (after temperature, over `support`); same length."""
 
     finish_reason: str
     """`stop` or `length`."""
 
     text: str
     """What the grader sees: without the end token and without the stop string."""
+
+    support: Support | None = None
+    """One row per sampled token: what could have been sampled in its place, itself included. None: every token of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +159,12 @@ class Batch:
     truncated: Tensor
     """[B] bool, finish_reason `length`."""
 
+    support: Support | None = None
+    """B * T rows, (b, t) at b * T + t, empty where the mask is 0: what every log-prob and entropy of the batch is normalised over.
+
+    None: the whole vocabulary.
+    """
+
     old_logprobs: Tensor | None = None
     """[B, T] float32, scored by the trainer's own forward pass with the weights that generated the rows."""
 
@@ -111,7 +181,11 @@ class Batch:
 
     def select(self, rows: Tensor) -> Self:
         """The rows `rows` [b] (int64 indices) of every tensor."""
-        chosen: dict[str, Any] = {name: None if value is None else value[rows] for name, value in vars(self).items()}
+        chosen: dict[str, Any] = {name: None if value is None else value[rows] for name, value in vars(self).items() if name != "support"}
+        if self.support is not None:
+            length = self.completion_mask.shape[1]
+            places = rows[:, None] * length + torch.arange(length, device=rows.device)
+            chosen["support"] = self.support.select(places.flatten())
         return type(self)(**chosen)
 
 
@@ -123,7 +197,7 @@ class Scores:
     """[b, T] float32, of the sampled tokens, after temperature; with gradient in the update."""
 
     entropy: Tensor
-    """[b, T] float32, of the distribution at each token, in nats; with gradient in the update."""
+    """[b, T] float32, of the distribution at each token (over the support), in nats; with gradient in the update."""
 
     values: Tensor | None = None
     """[b, T] float32, new values where the estimator needs them."""
@@ -149,3 +223,8 @@ class Estimate:
         """The rows `rows` [b] (int64 indices) of every tensor."""
         returns = None if self.returns is None else self.returns[rows]
         return type(self)(self.advantages[rows], returns, self.batch_counts[rows], self.statistics)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    """[n] -> [n + 1]: where each row begins, and where the last one ends."""
+    return functional.pad(lengths.cumsum(0), (1, 0))

@@ -9,7 +9,7 @@ from torch import Tensor
 from core.errors import InvalidRequest
 from core.rows import parse_row
 from core.run_directory import iter_rows
-from trainer.batch import Batch, Graded, Prompt
+from trainer.batch import Batch, Graded, Prompt, Rollout, Support
 from trainer.random import Purpose, permutation
 from trainer.tokens import render_prompt
 
@@ -85,6 +85,7 @@ def collate(graded: list[Graded], *, mask_truncated: bool, device: torch.device)
     logprobs = torch.zeros(completion_ids.shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
+    support = _joined_support(rollouts, completion_ids.shape[1])
     numbers = {index: place for place, index in enumerate(dict.fromkeys(rollout.prompt.index for rollout in rollouts))}
     return Batch(
         prompt_ids=prompt_ids.to(device),
@@ -96,7 +97,15 @@ def collate(graded: list[Graded], *, mask_truncated: bool, device: torch.device)
         counts=(is_graded & ~(truncated & mask_truncated)).to(device),
         groups=torch.tensor([numbers[rollout.prompt.index] for rollout in rollouts], device=device),
         truncated=truncated.to(device),
+        support=None if support is None else support.to(device),
     )
+
+
+def _joined_support(rollouts: list[Rollout], length: int) -> Support | None:
+    """`length` rows per rollout, the last ones of a shorter completion empty. None where sampling was not restricted."""
+    supports = [rollout.support for rollout in rollouts if rollout.support is not None]
+    assert len(supports) in (0, len(rollouts)), "one step has one sampling"
+    return Support.concatenate([support.pad(length) for support in supports]) if supports else None
 
 
 def _padded(rows: list[tuple[int, ...]], *, left: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""From logits to tokens: inverse CDF in token-id order with one given uniform number per row."""
+"""From logits to tokens: which of them may be drawn, and inverse CDF in token-id order with one given uniform number per row."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -8,15 +10,43 @@ _BLOCK = 256
 """Token ids summed together before the cumulative sum, which makes it short."""
 
 
-def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def kept_tokens(logits: Tensor, temperature: float, *, top_k: int | None, top_p: float, min_p: float) -> Tensor:
+    """Which tokens may be drawn. [b, V] -> [b, V] bool, at least one True per row.
+
+    Each filter keeps the beginning of the tokens ranked by softmax(logits / temperature), equal ones by id: top_k the first so many;
+    top_p the fewest whose share of what top_k left reaches top_p; min_p those at least min_p times as likely as the first.
+    The shortest beginning is kept.
+    Source: Fan et al. 2018, arXiv:1805.04833 (top_k); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Nguyen et al. 2025,
+    arXiv:2407.01082 (min_p).
+    """
+    scaled = logits / temperature
+    most = min(top_k or scaled.shape[-1], scaled.shape[-1])
+    counts = torch.full((len(scaled),), most, device=scaled.device)
+    if top_p < 1.0:
+        counts = torch.minimum(counts, _nucleus_sizes(scaled, most, top_p))
+    if min_p > 0.0:
+        counts = torch.minimum(counts, (scaled >= scaled.amax(-1, keepdim=True) + math.log(min_p)).sum(-1))
+    return _first_ranked(scaled, counts)
+
+
+def kept_ids(kept: Tensor) -> list[Tensor]:
+    """The ids of each row in ascending order. [b, V] bool -> b tensors [k] int32 on the CPU."""
+    return list(kept.nonzero()[:, 1].int().cpu().split(kept.sum(-1).tolist()))
+
+
+def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(tokens, their log-probs) from softmax(logits / temperature). [b, V] float32, [b] float64 -> [b] int64, [b] float32.
 
-    The cumulative distribution is float64. Temperature 0 takes the most likely token, with log-prob 0.
+    `kept` [b, V] bool: the distribution is renormalised over these tokens. The cumulative distribution is float64.
+    Temperature 0 takes the most likely token, with log-prob 0.
     """
     if temperature == 0.0:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros(len(tokens), device=logits.device)
-    log_p = (logits / temperature).log_softmax(-1)
+    scaled = logits / temperature
+    if kept is not None:
+        scaled.masked_fill_(~kept, -math.inf)
+    log_p = scaled.log_softmax(-1)
     blocks = _blocks(log_p.exp())
     # Searched on the CPU: torch has no deterministic cumulative sum of floats on a GPU, and these are small.
     cumulative = blocks.sum(-1, dtype=torch.float64).cpu().cumsum(-1)
@@ -28,6 +58,31 @@ def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple
     place = torch.searchsorted(inner, _below(wanted - before, inner[:, -1:]), right=True)
     tokens = (block * _BLOCK + place)[:, 0].to(logits.device)
     return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+
+
+def _nucleus_sizes(scaled: Tensor, most: int, top_p: float) -> Tensor:
+    """How many of the `most` likeliest tokens it takes to reach `top_p` of their common probability. [b, V] -> [b] int64."""
+    vocabulary = scaled.shape[-1]
+    weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
+    if most == vocabulary:
+        # All tokens below this one together have less than 1 - top_p: only those above it need ranking.
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
+        most = int((weights >= total * ((1.0 - top_p) / vocabulary)).sum(-1).max())
+        ranked = weights.topk(most).values.double()
+    else:
+        ranked = weights.topk(most).values.double()
+        total = ranked.sum(-1, keepdim=True)
+    # On the CPU: torch has no deterministic cumulative sum of floats on a GPU.
+    before = functional.pad(ranked.cpu().cumsum(-1)[:, :-1], (1, 0))
+    return (before < top_p * total.cpu()).sum(-1).to(scaled.device)
+
+
+def _first_ranked(scaled: Tensor, counts: Tensor) -> Tensor:
+    """The largest `counts` [b] of each row, equal ones by id. [b, V] -> [b, V] bool."""
+    counts = counts[:, None]
+    last = scaled.topk(int(counts.max())).values.gather(1, counts - 1)
+    above, tied = scaled > last, scaled == last
+    return above | (tied & (tied.cumsum(-1) <= counts - above.sum(-1, keepdim=True)))
 
 
 def _blocks(probabilities: Tensor) -> Tensor:

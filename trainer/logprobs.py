@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.batch import Support
+
 MAX_CHUNK_LOGITS = 2**25
 """Logits computed at once: 128 MiB in float32."""
+_NEVER = -1e30
+"""The logit of a token outside the support: its probability is exactly 0, and 0 * _NEVER is 0 where infinity would give NaN."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class Head:
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
 
-def score_tokens(hidden: Tensor, head: Head, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def score_tokens(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float, dtype: torch.dtype, support: Support | None = None
+) -> tuple[Tensor, Tensor]:
     """(log-probs of `targets`, entropies in nats) under softmax(logits / temperature). [N, H], [N] -> [N], [N]; both differentiable.
 
-    `dtype` is that of the product with the head.
+    `dtype` is that of the product with the head. `support` (N rows): the softmax is over each row's tokens, the target among them.
     """
-    logprobs, entropies = _ScoreTokens.apply(hidden, head.weight, head.bias, targets, head, temperature, dtype)
+    logprobs, entropies = _ScoreTokens.apply(hidden, head.weight, head.bias, targets, head, temperature, dtype, support)
     return logprobs, entropies
 
 
@@ -68,11 +74,15 @@ class _ScoreTokens(torch.autograd.Function):
         head: Head,
         temperature: float,
         dtype: torch.dtype,
+        support: Support | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.head, ctx.temperature, ctx.dtype = head, temperature, dtype
+        ctx.head, ctx.temperature, ctx.dtype, ctx.support = head, temperature, dtype, support
         ctx.set_materialize_grads(False)
         working = Head(weight.to(dtype), bias, head.scale, head.soft_cap)
-        columns = [_score_chunk(working, hidden[chunk], targets[chunk], temperature, dtype) for chunk in _chunks(hidden, weight)]
+        columns = [
+            _score_chunk(working, hidden[chunk], targets[chunk], temperature, dtype, _kept(support, chunk, len(weight)))
+            for chunk in _chunks(hidden, weight)
+        ]
         logprobs, entropies, normalisers = (torch.cat(column) for column in zip(*columns, strict=True))
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
         return logprobs, entropies
@@ -90,19 +100,22 @@ class _ScoreTokens(torch.autograd.Function):
             part = hidden[chunk]
             parts = [None if whole is None else whole[chunk] for whole in gradients]
             known = (normalisers[chunk], entropies[chunk])
-            delta = _logits_gradient(working, working.logits(part, ctx.dtype), targets[chunk], known, parts, ctx.temperature)
+            kept = _kept(ctx.support, chunk, len(weight))
+            delta = _logits_gradient(working, working.logits(part, ctx.dtype), targets[chunk], known, parts, ctx.temperature, kept)
             narrow = delta.to(ctx.dtype)
             hidden_gradient[chunk] = narrow @ working.weight
             if weight_gradient is not None:
                 weight_gradient.add_(narrow.t() @ part.to(ctx.dtype))
             if bias_gradient is not None:
                 bias_gradient.add_(delta.sum(0))
-        return hidden_gradient, _as(weight_gradient, weight), _as(bias_gradient, bias), None, None, None, None
+        return hidden_gradient, _as(weight_gradient, weight), _as(bias_gradient, bias), None, None, None, None, None
 
 
-def _score_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _score_chunk(
+    head: Head, hidden: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs, entropies, log-normalisers), each [n]."""
-    scaled = _divide(head.logits(hidden, dtype), temperature)
+    scaled = _restrict(_divide(head.logits(hidden, dtype), temperature), kept)
     largest = scaled.amax(-1)
     below = scaled.sub_(largest[:, None])
     weights = below.exp()
@@ -113,7 +126,13 @@ def _score_chunk(head: Head, hidden: Tensor, targets: Tensor, temperature: float
 
 
 def _logits_gradient(
-    head: Head, logits: Tensor, targets: Tensor, known: tuple[Tensor, Tensor], gradients: list[Tensor | None], temperature: float
+    head: Head,
+    logits: Tensor,
+    targets: Tensor,
+    known: tuple[Tensor, Tensor],
+    gradients: list[Tensor | None],
+    temperature: float,
+    kept: Tensor | None,
 ) -> Tensor:
     """d loss / d(hidden @ weight.T + bias) of one chunk; `logits` is overwritten.
 
@@ -122,7 +141,7 @@ def _logits_gradient(
     normalisers, entropies = known
     of_logprobs, of_entropies = gradients
     capped = logits.clone() if head.soft_cap is not None else logits
-    log_p = _divide(logits, temperature).sub_(normalisers[:, None])
+    log_p = _restrict(_divide(logits, temperature), kept).sub_(normalisers[:, None])
     if of_entropies is None:
         delta = log_p.exp_()
         if of_logprobs is not None:
@@ -139,6 +158,18 @@ def _logits_gradient(
 def _divide(numbers: Tensor, temperature: float) -> Tensor:
     """In place."""
     return numbers if temperature == 1.0 else numbers.div_(temperature)
+
+
+def _kept(support: Support | None, chunk: slice, vocabulary: int) -> Tensor | None:
+    """[n, V] bool of one chunk's rows."""
+    if support is None:
+        return None
+    return support.select(torch.arange(len(support.lengths), device=support.offsets.device)[chunk]).mask(vocabulary)
+
+
+def _restrict(scaled: Tensor, kept: Tensor | None) -> Tensor:
+    """In place."""
+    return scaled if kept is None else scaled.masked_fill_(~kept, _NEVER)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from core.errors import TrainingError, boundary
 from core.options import Options
 from trainer.adapters import POLICY, VALUE, adapter_parameters, add_adapters, no_adapter, only_adapter
-from trainer.batch import Batch, Scores
+from trainer.batch import Batch, Scores, Support
 from trainer.layout import Cost, Layout, group_shapes, is_packing_cheaper, pack, pad, plan_microbatches
 from trainer.logprobs import Head, score_tokens
 from trainer.probes import check_head, describe_head, takes_packed_rows
@@ -111,7 +111,7 @@ class Policy:
         """
         layout = self._layout(batch)
         hidden = self._hidden(self.model, layout)
-        logprobs, entropies = self._score_layout(hidden, self.head(), layout, temperature)
+        logprobs, entropies = self._score_layout(hidden, self.head(), layout, batch.support, temperature)
         values = None
         if with_values:
             if self._value_model is None:
@@ -142,7 +142,7 @@ class Policy:
             head = Head(layer.weight, getattr(layer, "bias", None), self._head_shape.scale, self._head_shape.soft_cap)
         else:
             raise TrainingError("a reference was asked for, but kl_coefficient is 0")
-        return _spread(self._score_layout(hidden, head, layout, temperature)[0], layout, batch)
+        return _spread(self._score_layout(hidden, head, layout, batch.support, temperature)[0], layout, batch)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's optimizer moves: all weights, or the adapter's."""
@@ -214,8 +214,11 @@ class Policy:
             hidden: Tensor = backbone(input_ids=layout.input_ids, use_cache=False, **positions).last_hidden_state
         return hidden.flatten(0, 1)
 
-    def _score_layout(self, hidden: Tensor, head: Head, layout: Layout, temperature: float) -> tuple[Tensor, Tensor]:
-        return score_tokens(hidden.index_select(0, layout.sources), head, layout.targets, temperature, self.compute_dtype)
+    def _score_layout(
+        self, hidden: Tensor, head: Head, layout: Layout, support: Support | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        chosen = None if support is None else support.select(layout.places)
+        return score_tokens(hidden.index_select(0, layout.sources), head, layout.targets, temperature, self.compute_dtype, chosen)
 
 
 def load_model(folder: Path) -> Any:

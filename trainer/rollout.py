@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from core.errors import InvalidRequest
-from trainer.batch import Prompt, Rollout
+from trainer.batch import Prompt, Rollout, Support
 from trainer.engine_generic import GenericEngine
 from trainer.engine_native import NativeEngine, is_native
-from trainer.engine_sampling import sample_tokens
+from trainer.engine_sampling import kept_ids, kept_tokens, sample_tokens
 from trainer.policy import Policy
 from trainer.random import Purpose, uniforms
 from trainer.tokens import TextSoFar
@@ -41,6 +41,23 @@ class Sampling:
     max_completion_tokens: int
     stop: tuple[str, ...]
     end_token_ids: frozenset[int]
+    top_k: int | None = None
+    """Only the top_k likeliest tokens are drawn. None: off."""
+
+    top_p: float = 1.0
+    """Of these only the fewest whose share reaches top_p. 1: off."""
+
+    min_p: float = 0.0
+    """Of these only those at least min_p times as likely as the likeliest. 0: off."""
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether rollouts carry a support. Temperature 0 has no distribution to restrict."""
+        return self.temperature > 0.0 and (self.top_k is not None or self.top_p < 1.0 or self.min_p > 0.0)
+
+    def kept_tokens(self, logits: Tensor) -> Tensor:
+        """[b, V] -> [b, V] bool: what may be drawn."""
+        return kept_tokens(logits, self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
 class Engine(Protocol):
@@ -64,6 +81,8 @@ class _Row:
     text: TextSoFar
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    """The support of each token; empty without one."""
 
 
 class RolloutEngine:
@@ -175,10 +194,14 @@ class _Decoding:
             [row.g for row in rows],
             [len(row.token_ids) for row in rows],
         )
-        tokens, logprobs = sample_tokens(logits, sampling.temperature, torch.from_numpy(numbers))
+        kept = sampling.kept_tokens(logits) if sampling.is_restricted else None
+        tokens, logprobs = sample_tokens(logits, sampling.temperature, torch.from_numpy(numbers), kept)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+        if kept is not None:
+            for row, ids in zip(rows, kept_ids(kept), strict=True):
+                row.kept.append(ids)
 
     def _retire(self) -> None:
         """Takes out the rows that ended; the last rows move into their places."""
@@ -196,7 +219,8 @@ class _Decoding:
             return False
         reason = "length" if text is None else "stop"
         whole = row.text.text(row.token_ids) if text is None else text
-        rollout = Rollout(row.prompt, row.g, tuple(row.token_ids), tuple(row.logprobs), reason, whole)
+        support = Support.of(row.kept) if row.kept else None
+        rollout = Rollout(row.prompt, row.g, tuple(row.token_ids), tuple(row.logprobs), reason, whole, support)
         self.finished[row.place, row.g] = rollout
         self._on_finished(rollout)
         return True

@@ -147,6 +147,9 @@ def make_sampling(job: ResolvedJob, ends: frozenset[int], purpose: Purpose, step
         max_completion_tokens=options.max_completion_tokens,
         stop=options.stop,
         end_token_ids=ends,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
     )
 
 
