@@ -148,7 +148,7 @@ class Batch:
     """[B, T] float32, under the distribution that really sampled the token; 0 where the mask is 0."""
 
     rewards: Tensor
-    """[B] float64, the grade of each whole completion; 0 where `counts` is 0 (and never used there)."""
+    """[B] float64, the grade of each whole completion, less its overlong penalty; where it has no grade 0, which is never used."""
 
     counts: Tensor
     """[B] bool, True = graded and not masked out. A row with False enters no statistic, loss term or denominator."""

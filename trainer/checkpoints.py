@@ -35,13 +35,13 @@ from core.run_directory import (
     step_folder,
 )
 
-WEIGHTS, OPTIMIZERS = "weights.pt", "optimizers.pt"
+WEIGHTS, OPTIMIZERS, PENDING = "weights.pt", "optimizers.pt", "pending.pt"
 KEPT_RESUME_POINTS = 2
 OUTPUTS = (METRICS, EVENTS, SAMPLES)
 
 
 class Progress(BaseModel):
-    """Where a run stands between two steps; with weights and optimizers, all there is to resume."""
+    """Where a run stands between two steps; with weights, optimizers and rollouts sampled ahead, all there is to resume."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,6 +58,13 @@ class Progress(BaseModel):
     train_metrics: dict[str, float] = Field(default_factory=dict)
     valid_metrics: dict[str, float] = Field(default_factory=dict)
     """Of the last evaluation."""
+
+    best_reward: float | None = None
+    """The highest `valid_reward_mean` so far."""
+
+    evaluations_since_best: int = 0
+    ended_early: str = ""
+    """Why the run ends before its last step; empty while it goes on."""
 
 
 def save_checkpoint(run_directory: Path, step: int, write: Callable[[Path], str], metrics: dict[str, float], facts: dict[str, Any]) -> Path:
@@ -86,19 +93,21 @@ def save_resume_point(
     progress: Progress,
     weights: dict[str, Tensor],
     optimizers: dict[str, Any],
+    pending: dict[str, Any] | None,
     journal_lines: list[dict[str, Any]],
     facts: dict[str, Any],
 ) -> Path:
-    """resume_points/step_NNNNNN; the newest two are kept."""
+    """resume_points/step_NNNNNN; the newest two are kept. `pending`: the rollouts that were sampled ahead."""
 
     def fill(folder: Path) -> Manifest:
         torch.save(weights, folder / WEIGHTS)
         torch.save(optimizers, folder / OPTIMIZERS)
+        torch.save(pending, folder / PENDING)
         (folder / REWARDS).write_text("".join(json.dumps(line) + "\n" for line in journal_lines))
         own = {
             "progress": progress.model_dump(),
             "lengths": {name: _size(run_directory / name) for name in OUTPUTS},
-            "state_sha256": state_digest({"weights": weights, "optimizers": optimizers}),
+            "state_sha256": state_digest({"weights": weights, "optimizers": optimizers, "pending": pending}),
         }
         return Manifest(kind="resume_point", step=progress.step, files=_entries(folder), facts={**facts, **own})
 
@@ -128,6 +137,14 @@ class ResumePoint:
         with boundary(TrainingError, f"resume point of step {self.manifest.step}"):
             load_weights(torch.load(self.folder / WEIGHTS, map_location="cpu", weights_only=True))
             load_optimizers(torch.load(self.folder / OPTIMIZERS, map_location="cpu", weights_only=True))
+
+    def pending(self, device: torch.device) -> dict[str, Any] | None:
+        """What `save_resume_point` got as such."""
+        with boundary(TrainingError, f"resume point of step {self.manifest.step}"):
+            plain: dict[str, Any] | None = torch.load(self.folder / PENDING, map_location="cpu", weights_only=True)
+        if plain is not None and plain["old_logprobs"] is not None:
+            plain["old_logprobs"] = plain["old_logprobs"].to(device)
+        return plain
 
 
 def find_resume_point(run_directory: Path) -> ResumePoint | None:

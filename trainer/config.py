@@ -33,10 +33,10 @@ class Schedule:
         return step % self.eval_interval == 0 or step == self.total_steps
 
     def is_checkpoint_due(self, step: int) -> bool:
-        return step > 0 and (step % self.checkpoint_interval == 0 or step == self.total_steps)
+        return step > 0 and step % self.checkpoint_interval == 0
 
     def is_resume_point_due(self, step: int) -> bool:
-        return step > 0 and step % self.resume_point_interval == 0 and step != self.total_steps
+        return step > 0 and step % self.resume_point_interval == 0
 
 
 def load_job(run_directory: Path) -> ResolvedJob:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from core.errors import InvalidRequest
+from core.options import Options
 from core.rows import parse_row
 from core.run_directory import iter_rows
 from trainer.batch import Batch, Graded, Prompt, Rollout, Support
@@ -51,6 +52,11 @@ class PromptOrder:
         start = (step - 1) * self._batch_size
         return [self._row_at(position) for position in range(start, start + self._batch_size)]
 
+    def other_rows(self, step: int, round_: int, tried: set[int]) -> list[int]:
+        """Every row that is not in `tried`, in an order of its own for each round of each step."""
+        order: list[int] = permutation(self._seed, Purpose.REPLACEMENT, step, round_, self._num_rows).tolist()
+        return [row for row in order if row not in tried]
+
     def _row_at(self, position: int) -> int:
         epoch, place = divmod(position, self._num_rows)
         if epoch < self._epoch:
@@ -75,7 +81,7 @@ class PromptOrder:
         return order
 
 
-def collate(graded: list[Graded], *, mask_truncated: bool, device: torch.device) -> Batch:
+def collate(graded: list[Graded], options: Options, device: torch.device) -> Batch:
     """The rows of one step as tensors. `graded` is ordered by prompt, then g; a row without a reward counts for nothing."""
     rollouts = [entry.rollout for entry in graded]
     truncated = torch.tensor([rollout.finish_reason == "length" for rollout in rollouts])
@@ -93,12 +99,30 @@ def collate(graded: list[Graded], *, mask_truncated: bool, device: torch.device)
         completion_ids=completion_ids.to(device),
         completion_mask=completion_mask.to(device),
         sampling_logprobs=logprobs.to(device),
-        rewards=torch.tensor([entry.reward or 0.0 for entry in graded], dtype=torch.float64, device=device),
-        counts=(is_graded & ~(truncated & mask_truncated)).to(device),
+        rewards=torch.tensor([training_reward(entry, options) for entry in graded], dtype=torch.float64, device=device),
+        counts=(is_graded & ~(truncated & options.mask_truncated)).to(device),
         groups=torch.tensor([numbers[rollout.prompt.index] for rollout in rollouts], device=device),
         truncated=truncated.to(device),
         support=None if support is None else support.to(device),
     )
+
+
+def training_reward(entry: Graded, options: Options) -> float:
+    """The grade less its overlong penalty; 0 without a grade, where it is never used."""
+    if entry.reward is None:
+        return 0.0
+    return entry.reward - overlong_penalty(len(entry.rollout.token_ids), options)
+
+
+def overlong_penalty(num_tokens: int, options: Options) -> float:
+    """0 up to the last `overlong_penalty` of `max_completion_tokens`, from there on rising linearly to 1.
+
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476 equation 13.
+    """
+    if options.overlong_penalty == 0.0:
+        return 0.0
+    soft = options.overlong_penalty * options.max_completion_tokens
+    return max(0.0, (num_tokens - (options.max_completion_tokens - soft)) / soft)
 
 
 def _joined_support(rollouts: list[Rollout], length: int) -> Support | None:

@@ -41,7 +41,7 @@ class Evaluator:
         """After `step` steps. Draws are those of step 0 at every evaluation, so that scores differ by the weights alone."""
 
         def graded(purpose: str, num_samples: int, temperature: float) -> list[Graded]:
-            sampling = self._sampling(Purpose.EVALUATION, 0, temperature)
+            sampling = self._sampling(Purpose.EVALUATION, 0, temperature=temperature)
             with self._grading.open(purpose, step) as verdicts:
                 rollouts = self._engine.generate(self.prompts, num_samples, sampling, on_finished=verdicts.add, check=check)
                 return verdicts.collect(rollouts, check_waiting)

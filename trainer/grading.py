@@ -65,7 +65,8 @@ class GradingService:
         wait([asyncio.run_coroutine_threadsafe(_two_turns(), self._loop)], timeout=CLOSE_SECONDS)
 
     def close(self) -> None:
-        """Frees the grader's connections and processes; a grader that hangs in this is left behind after ten seconds."""
+        """Gives up what is still open and frees the grader's connections and processes; one that hangs in this is left behind."""
+        wait([asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)], timeout=CLOSE_SECONDS)
         closing = asyncio.run_coroutine_threadsafe(self._grader.close(), self._loop)
         wait([closing], timeout=CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -157,6 +158,14 @@ class GradingRound:
 
 async def _made(make_grader: Callable[[], Grader]) -> Grader:
     return make_grader()
+
+
+async def _cancel_others() -> None:
+    """Every call that nobody will wait for: those of a step that was sampled ahead."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _two_turns() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,14 @@ class Occasion:
 
 
 class RewardJournal:
-    """rewards.jsonl. Lines: {"key", "purpose", "step", ...the grade}, or {"forget_failures_of": step, "purpose"}."""
+    """rewards.jsonl. Lines: {"key", "purpose", "step", ...the grade}, or {"forget_failures_of": step, "purpose"}.
+
+    Verdicts of the next step may come in, from the graders' thread, while the loop saves the present one.
+    """
 
     def __init__(self, path: Path) -> None:
         cut_torn_line(path)
+        self._lock = threading.Lock()
         self._grades: dict[str, tuple[str, int, Grade]] = {}
         if path.exists():
             for _, line in iter_rows(path):
@@ -60,13 +65,16 @@ class RewardJournal:
 
     def forget_steps(self, last_step: int) -> None:
         """Frees what a resume point at `last_step` makes needless: only later steps can ever be repeated."""
-        self._grades = {key: entry for key, entry in self._grades.items() if entry[1] > last_step}
+        with self._lock:
+            self._grades = {key: entry for key, entry in self._grades.items() if entry[1] > last_step}
 
     def lines_after(self, step: int) -> list[dict[str, Any]]:
         """What a resume point at `step` must carry: the verdicts of steps and evaluations that are not finished."""
+        with self._lock:
+            entries = list(self._grades.items())
         return [
             {"key": key, "purpose": purpose, "step": at, **asdict(grade)}
-            for key, (purpose, at, grade) in self._grades.items()
+            for key, (purpose, at, grade) in entries
             if at > step or (at == step and purpose != "rollout")
         ]
 
@@ -74,9 +82,10 @@ class RewardJournal:
         self._writer.close()
 
     def _take(self, line: dict[str, Any]) -> None:
-        if "forget_failures_of" in line:
-            void = (line["purpose"], line["forget_failures_of"])
-            self._grades = {key: entry for key, entry in self._grades.items() if entry[:2] != void or entry[2].error is None}
-            return
-        fields = {name: value for name, value in line.items() if name not in ("key", "purpose", "step")}
-        self._grades[line["key"]] = (line["purpose"], line["step"], Grade(**fields))
+        with self._lock:
+            if "forget_failures_of" in line:
+                void = (line["purpose"], line["forget_failures_of"])
+                self._grades = {key: entry for key, entry in self._grades.items() if entry[:2] != void or entry[2].error is None}
+                return
+            fields = {name: value for name, value in line.items() if name not in ("key", "purpose", "step")}
+            self._grades[line["key"]] = (line["purpose"], line["step"], Grade(**fields))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ from core.errors import GraderUnavailable, OutOfMemory, PlatformError, TrainerCr
 from core.run_directory import Control, End, Outcome, step_folder
 from graders.build import build_grader
 from trainer.batch import Batch, Estimate, Graded
+from trainer.collection import Collected, Pending, collection_metrics
 from trainer.control import ControlReader, Pulse, StopRequested
 from trainer.data import collate
 from trainer.metrics import chained_digest, peak_memory_bytes, rollout_metrics
-from trainer.random import Purpose
 from trainer.session import MakeGrader, Run, Secrets, open_run
 
 log = logging.getLogger("trainer")
@@ -21,39 +22,56 @@ log = logging.getLogger("trainer")
 
 def train(run: Run) -> None:
     """Trains from where `run` stands to its last step. Raises: StopRequested between whole steps, GraderUnavailable, Diverged."""
-    options = run.job.options
-    assert options.group_size is not None
     finish_step(run)
-    for step in range(run.progress.step + 1, run.schedule.total_steps + 1):
+    while not run.is_at_end:
+        step = run.progress.step + 1
         with run.clock.time("step"):
-            prompts = [run.prompts[row] for row in run.order.rows(step)]
-            with run.grading.open("rollout", step) as verdicts:
-                with run.clock.time("rollout"):
-                    sampling = run.sampling(Purpose.ROLLOUT, step)
-                    rollouts = run.engine.generate(prompts, options.group_size, sampling, on_finished=verdicts.add, check=run.control.check)
-                with run.clock.time("grading"):
-                    graded = verdicts.collect(rollouts, run.control.check_waiting)
-            batch = collate(graded, mask_truncated=options.mask_truncated, device=run.device)
+            pending = run.pending or run.collector.generate(step)
+            upcoming = generate_ahead(run, step + 1)
+            collected = run.collector.grade(pending)
+            batch = replace(collate(collected.graded, run.job.options, run.device), old_logprobs=pending.old_logprobs)
             plan = run.learner.plan(batch, step)
             with run.clock.time("scoring"):
                 batch = run.learner.score(batch, plan)
             estimate = run.estimator(batch)
             with run.clock.time("update"):
                 report = run.learner.update(batch, estimate, plan, step)
-        record_step(run, step, graded, batch, estimate, report)
+        record_step(run, step, collected, batch, estimate, report | {"weight_lag": float(pending.weight_lag)})
+        run.pending = upcoming
         finish_step(run)
 
 
-def record_step(run: Run, step: int, graded: list[Graded], batch: Batch, estimate: Estimate, report: dict[str, float]) -> None:
+def generate_ahead(run: Run, step: int) -> Pending | None:
+    """With `max_staleness` 1 the rollouts of the next step, sampled and scored by the weights before this step's update.
+
+    Graders work on them while this step is graded and learned from. The first two steps are sampled by the initial weights.
+    """
+    if run.job.options.max_staleness == 0 or step > run.schedule.total_steps:
+        return None
+    pending = run.collector.generate(step)
+    with run.clock.time("scoring"):
+        ungraded = collate([Graded(rollout, reward=None) for rollout in pending.rollouts], run.job.options, run.device)
+        old_logprobs = run.learner.score_old(ungraded, run.learner.plan(ungraded, step))
+    return replace(pending, weight_lag=1, old_logprobs=old_logprobs)
+
+
+def record_step(run: Run, step: int, collected: Collected, batch: Batch, estimate: Estimate, report: dict[str, float]) -> None:
     """Writes the step's metrics and samples; from here on the step is done."""
     seconds = run.clock.take()
-    sampled = sum(len(entry.rollout.token_ids) for entry in graded)
-    values = {**rollout_metrics(graded), **estimate.statistics, **report, **seconds}
+    sampled = sum(len(entry.rollout.token_ids) for entry in collected.all)
+    values = {
+        **rollout_metrics(collected.all),
+        **collection_metrics(collected, run.job.options),
+        **estimate.statistics,
+        **report,
+        **seconds,
+    }
     values |= {"tokens_per_second": sampled / seconds["seconds_step"], "peak_memory_bytes": peak_memory_bytes(run.device)}
     values = {name: value for name, value in values.items() if math.isfinite(value)}
-    digest = chained_digest(run.progress.digest, graded, batch, report)
+    digest = chained_digest(run.progress.digest, collected.all, batch, report)
     run.recorder.metrics(step, "train", values, digest)
-    run.recorder.samples(step, "train", graded, estimate)
+    run.recorder.samples(step, "train", collected.graded, estimate)
+    run.recorder.samples(step, "train", collected.replaced)
     trained_tokens = run.progress.trained_tokens + int(batch.token_counts.sum())
     run.advance(step=step, digest=digest, trained_tokens=trained_tokens, train_metrics=values)
     log.info(
@@ -68,14 +86,15 @@ def finish_step(run: Run) -> None:
     if is_evaluated or run.progress.announced_step < step:
         run.recorder.announce(step, run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {})
         run.advance(announced_step=step)
+    if is_evaluated:
+        end_early_if_due(run)
     run.grading.journal.forget_steps(step)
     with run.clock.time("checkpoint"):
-        is_last = step == schedule.total_steps
-        if schedule.is_checkpoint_due(step) and (is_last or run.progress.checkpointed_step < step):
+        if run.is_at_end or (schedule.is_checkpoint_due(step) and run.progress.checkpointed_step < step):
             run.save_checkpoint()
             run.advance(checkpointed_step=step)
             log.info("checkpoint of step %d", step)
-        if schedule.is_resume_point_due(step):
+        if schedule.is_resume_point_due(step) and not run.is_at_end:
             run.save_resume_point()
 
 
@@ -90,6 +109,26 @@ def evaluate_if_due(run: Run) -> bool:
     run.recorder.samples(step, "valid", evaluation.graded)
     run.advance(evaluated_step=step, valid_metrics=evaluation.metrics)
     return True
+
+
+def end_early_if_due(run: Run) -> None:
+    """Marks the run as ended where the evaluation reached `target_reward`, or was the last that `patience` waits for."""
+    options, progress = run.job.options, run.progress
+    reward = progress.valid_metrics.get("valid_reward_mean")
+    if reward is None or progress.step == 0:
+        run.advance(best_reward=reward)
+        return
+    is_best = progress.best_reward is None or reward > progress.best_reward
+    since_best = 0 if is_best else progress.evaluations_since_best + 1
+    run.advance(best_reward=reward if is_best else progress.best_reward, evaluations_since_best=since_best)
+    reason = ""
+    if options.target_reward is not None and reward >= options.target_reward:
+        reason = f"valid_reward_mean {reward:.4g} has reached target_reward {options.target_reward:g}"
+    elif options.patience is not None and since_best >= options.patience:
+        reason = f"the last {since_best} evaluations brought no valid_reward_mean above {progress.best_reward:.4g} (patience)"
+    if reason and progress.step < run.schedule.total_steps:
+        run.advance(ended_early=reason)
+        run.recorder.event(f"Ended after step {progress.step}: {reason}.", data={"code": "ended_early", "step": progress.step})
 
 
 def run_job(directory: Path, secrets: Secrets, control: ControlReader, pulse: Pulse, make_grader: MakeGrader = build_grader) -> Outcome:

@@ -1,6 +1,7 @@
 """What the outside sees of a run: metrics.jsonl, events.jsonl and samples.jsonl, and the digest that chains the steps."""
 
 import hashlib
+import math
 import resource
 import statistics
 import time
@@ -133,7 +134,6 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
         "grader_abstained_fraction": statistics.fmean(entry.error is None and entry.reward is None for entry in graded),
         "grader_latency_mean": statistics.fmean(entry.latency_seconds for entry in graded),
         "grader_attempts_mean": statistics.fmean(entry.attempts for entry in graded),
-        "weight_lag": 0.0,
     }
     if rewards:
         found |= {"reward_mean": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)}
@@ -156,11 +156,15 @@ def contract_metrics(step: int, total_steps: int, train: dict[str, float], valid
 
 
 def chained_digest(previous: str, graded: list[Graded], batch: Batch, report: dict[str, float]) -> str:
-    """SHA-256 over the previous step's digest, token ids, log-probs, rewards, and the bits of loss and gradient norm."""
+    """SHA-256 over the previous step's digest, token ids, log-probs, grades, what is trained on, and the bits of loss and gradient norm.
+
+    `graded` is all that was sampled in the step, `batch` what the update saw.
+    """
     chain = hashlib.sha256(previous.encode())
     for entry in graded:
         chain.update(np.asarray(entry.rollout.token_ids, dtype=np.int64).tobytes())
-        chain.update(np.asarray(entry.rollout.logprobs, dtype=np.float64).tobytes())
+        grade = math.nan if entry.reward is None else entry.reward
+        chain.update(np.asarray([*entry.rollout.logprobs, grade], dtype=np.float64).tobytes())
     chain.update(batch.rewards.cpu().numpy().tobytes())
     chain.update(batch.counts.cpu().numpy().tobytes())
     chain.update(np.asarray([report.get("loss", 0.0), report.get("grad_norm", 0.0)], dtype=np.float64).tobytes())

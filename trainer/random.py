@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     MINIBATCH = 3
     INITIALISATION = 4
     DATA_ORDER = 5
+    REPLACEMENT = 6
 
 
 def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> NDArray[np.uint32]:

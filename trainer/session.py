@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from trainer.checkpoints import (
     restore_outputs,
     save_checkpoint,
     save_resume_point,
+    state_digest,
 )
+from trainer.collection import Collector, Pending, from_plain, to_plain
 from trainer.config import Schedule, grader_version, load_job, longest_prompt, machine_facts, make_schedule, pass_threshold, set_up_machine
 from trainer.control import ControlReader, Pulse
 from trainer.data import PromptOrder, load_prompts
@@ -51,10 +54,8 @@ class Run:
     job: ResolvedJob
     device: torch.device
     schedule: Schedule
-    prompts: list[Prompt]
-    order: PromptOrder
     policy: Policy
-    engine: RolloutEngine
+    collector: Collector
     learner: Learner
     estimator: Estimator
     grading: GradingService
@@ -63,13 +64,16 @@ class Run:
 
     recorder: Recorder
     control: ControlReader
-    ends: frozenset[int]
+    clock: Stopwatch
     facts: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
-    clock: Stopwatch = field(default_factory=Stopwatch)
+    pending: Pending | None = None
+    """The rollouts of the next step, where they were sampled a step ahead."""
 
-    def sampling(self, purpose: Purpose, step: int, temperature: float | None = None) -> Sampling:
-        return make_sampling(self.job, self.ends, purpose, step, temperature)
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the current step is the last one."""
+        return self.progress.step == self.schedule.total_steps or bool(self.progress.ended_early)
 
     def advance(self, **changes: Any) -> None:
         self.progress = self.progress.model_copy(update=changes)
@@ -78,14 +82,19 @@ class Run:
         """The model of the current step, with the step's metrics."""
         progress = self.progress
         valid = progress.valid_metrics if progress.evaluated_step == progress.step else {}
-        folder = save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, self.facts)
+        facts = {**self.facts, "state_sha256": self._state_digest()} if self.is_at_end else self.facts
+        folder = save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, facts)
         prune_checkpoints(self.directory, self.job.options.keep_checkpoints)
         return folder
 
     def save_resume_point(self) -> Path:
         lines = self.grading.journal.lines_after(self.progress.step)
         weights, optimizers = self.policy.trainable_state(), self.learner.state()
-        return save_resume_point(self.directory, self.progress, weights, optimizers, lines, self.facts)
+        pending = None if self.pending is None else to_plain(self.pending)
+        return save_resume_point(self.directory, self.progress, weights, optimizers, pending, lines, self.facts)
+
+    def _state_digest(self) -> str:
+        return state_digest({"weights": self.policy.trainable_state(), "optimizers": self.learner.state(), "pending": None})
 
     def close(self) -> None:
         self.grading.close()
@@ -97,12 +106,13 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     job = load_job(directory)
     device = set_up_machine(job)
     _check_model(directory / MODEL, job)
-    policy = Policy.load(directory / MODEL, job.options, job.seed, device)
+    options, clock = job.options, Stopwatch()
+    policy = Policy.load(directory / MODEL, options, job.seed, device)
     tokenizer = load_tokenizer(directory / MODEL)
     prompts = _load_rows(directory / TRAIN, "training_file", job, policy, tokenizer)
     if not prompts:
         raise TrainingError(f"{TRAIN} has no rows.")
-    schedule = make_schedule(job.options, len(prompts))
+    schedule = make_schedule(options, len(prompts))
     point = find_resume_point(directory)
     restore_outputs(directory, point)
     redactor = Redactor(secret_values(secrets))
@@ -110,25 +120,24 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     network = NetworkPolicy(job.allowed_private_networks, job.allow_http_graders)
     journal = RewardJournal(directory / REWARDS)
     grading = GradingService(job, lambda: make_grader(job.grader, secrets, network), journal, redactor, pulse.progress)
-    engine = RolloutEngine(policy, tokenizer, job.options.precision)
-    ends = end_token_ids(tokenizer, policy.generation_config)
+    engine = RolloutEngine(policy, tokenizer, options.precision)
+    sampling = partial(make_sampling, job, end_token_ids(tokenizer, policy.generation_config))
+    order = PromptOrder(job.seed, len(prompts), schedule.batch_size)
     run = Run(
         directory=directory,
         job=job,
         device=device,
         schedule=schedule,
-        prompts=prompts,
-        order=PromptOrder(job.seed, len(prompts), schedule.batch_size),
         policy=policy,
-        engine=engine,
-        learner=Learner(policy, job.options, job.seed, schedule.total_steps, pulse.progress),
-        estimator=make_estimator(job.options),
+        collector=Collector(prompts, order, engine, grading, options, sampling, control, clock),
+        learner=Learner(policy, options, job.seed, schedule.total_steps, pulse.progress),
+        estimator=make_estimator(options),
         grading=grading,
-        evaluator=_make_evaluator(directory, job, policy, tokenizer, engine, grading, ends),
+        evaluator=_make_evaluator(directory, job, policy, tokenizer, engine, grading, sampling),
         recorder=recorder,
         control=control,
-        ends=ends,
-        facts=machine_facts(job.options, device),
+        clock=clock,
+        facts=machine_facts(options, device),
     )
     _announce_oddities(run)
     if point is not None:
@@ -136,13 +145,15 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     return run
 
 
-def make_sampling(job: ResolvedJob, ends: frozenset[int], purpose: Purpose, step: int, temperature: float | None = None) -> Sampling:
+def make_sampling(
+    job: ResolvedJob, ends: frozenset[int], purpose: Purpose, step: int, round_: int = 0, temperature: float | None = None
+) -> Sampling:
     options = job.options
     return Sampling(
         seed=job.seed,
         purpose=purpose,
         step=step,
-        round_=0,
+        round_=round_,
         temperature=options.temperature if temperature is None else temperature,
         max_completion_tokens=options.max_completion_tokens,
         stop=options.stop,
@@ -174,15 +185,15 @@ def _make_evaluator(
     tokenizer: Any,
     engine: RolloutEngine,
     grading: GradingService,
-    ends: frozenset[int],
+    sampling: Callable[..., Sampling],
 ) -> Evaluator | None:
+    """Raises: InvalidRequest where an option needs validation rows and there are none."""
     prompts = _load_rows(directory / VALID, "validation_file", job, policy, tokenizer)
     if not prompts:
+        for name in ("target_reward", "patience"):
+            if getattr(job.options, name) is not None:
+                raise InvalidRequest(f"{name} needs validation rows: there are none to evaluate on.", param=name)
         return None
-
-    def sampling(purpose: Purpose, step: int, temperature: float) -> Sampling:
-        return make_sampling(job, ends, purpose, step, temperature)
-
     return Evaluator(prompts, engine, grading, job.options, sampling, pass_threshold(job.grader))
 
 
@@ -190,7 +201,9 @@ def _announce_oddities(run: Run) -> None:
     """Events for what the run does otherwise than its request might lead one to expect."""
     options = run.job.options
     if run.schedule.batch_size < options.batch_size:
-        message = f"batch_size {options.batch_size} is more than the {len(run.prompts)} training rows: a step takes each row once."
+        message = (
+            f"batch_size {options.batch_size} is more than the {len(run.collector.prompts)} training rows: a step takes each row once."
+        )
         run.recorder.event(message, "warn", data={"code": "batch_size_reduced"})
     ignored = ignored_sampling_defaults(run.policy.generation_config)
     if ignored:
@@ -202,6 +215,8 @@ def _announce_oddities(run: Run) -> None:
 def _restore(run: Run, point: ResumePoint) -> None:
     point.load(run.policy.load_trainable_state, run.learner.load_state)
     run.progress = point.progress
+    pending = point.pending(run.device)
+    run.pending = None if pending is None else from_plain(pending, run.collector)
     differing = {name for name, value in run.facts.items() if point.manifest.facts.get(name) != value}
     run.recorder.event(f"Resumed after step {run.progress.step}.", data={"code": "resumed", "step": run.progress.step})
     if differing:

@@ -63,8 +63,8 @@ class Learner:
         One update on fresh data needs no old log-probs: there they are the current ones. Where they are scored, it is with the
         microbatches of the first pass of the update, so that the first ratio is exactly 1.
         """
-        first_pass = [rows for minibatch in plan[: len(plan) // self.options.epochs_per_batch] for rows in minibatch]
-        if len(plan) > 1 or kl_in_reward(self.options):
+        first_pass = self._first_pass(plan)
+        if batch.old_logprobs is None and (len(plan) > 1 or kl_in_reward(self.options)):
             parts = [self._score(batch.select(rows)) for rows in first_pass]
             values = [part.values for part in parts if part.values is not None]
             batch = replace(batch, old_logprobs=_gather(batch, first_pass, [part.logprobs for part in parts]))
@@ -76,6 +76,16 @@ class Learner:
             reference = [self._reference(batch.select(rows)) for rows in first_pass]
             batch = replace(batch, reference_logprobs=_gather(batch, first_pass, reference))
         return batch
+
+    @torch.no_grad()
+    def score_old(self, batch: Batch, plan: Plan) -> Tensor:
+        """[B, T] old log-probs of rollouts that will be learned from after another update: scored by the weights that sampled them."""
+        first_pass = self._first_pass(plan)
+        parts = [self.policy.score(batch.select(rows), self.options.temperature).logprobs for rows in first_pass]
+        return _gather(batch, first_pass, parts)
+
+    def _first_pass(self, plan: Plan) -> list[Tensor]:
+        return [rows for minibatch in plan[: len(plan) // self.options.epochs_per_batch] for rows in minibatch]
 
     def state(self) -> dict[str, Any]:
         return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}

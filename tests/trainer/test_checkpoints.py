@@ -169,7 +169,7 @@ def test_a_resume_on_another_machine_goes_on_and_says_that_it_is_not_exact(tmp_p
 
 def test_only_the_two_newest_resume_points_stay_on_disk(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        save_resume_point(tmp_path, Progress(step=step), {"policy.w": torch.ones(2)}, {}, [], {})
+        save_resume_point(tmp_path, Progress(step=step), {"policy.w": torch.ones(2)}, {}, None, [], {})
     assert [path.name for path in published(tmp_path, RESUME_POINTS)] == ["step_000003", "step_000004"]
 
 

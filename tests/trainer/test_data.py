@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from core.errors import InvalidRequest
+from core.options import Options
 from tests.tiny import build_tiny_tokenizer
 from tests.trainer.runs import letter_rows, write_rows
 from trainer.batch import Graded, Prompt, Rollout
@@ -72,7 +73,7 @@ def test_collate_pads_prompts_left_and_completions_right_and_counts_only_graded_
         graded(2, 0, (8, 9, 10), (1, 1), 2.0, "length"),
         graded(2, 1, (8, 9, 10), (2, 2), -1.0),
     ]
-    batch = collate(rows, mask_truncated=False, device=torch.device("cpu"))
+    batch = collate(rows, Options(), torch.device("cpu"))
     assert batch.prompt_ids.tolist() == [[0, 5, 6], [0, 5, 6], [8, 9, 10], [8, 9, 10]]
     assert batch.prompt_mask.tolist() == [[False, True, True]] * 2 + [[True] * 3] * 2
     assert batch.completion_ids.tolist() == [[1, 2, 3], [4, 0, 0], [1, 1, 0], [2, 2, 0]]
@@ -86,11 +87,11 @@ def test_collate_pads_prompts_left_and_completions_right_and_counts_only_graded_
 
 def test_masked_truncated_completions_do_not_count() -> None:
     rows = [graded(0, 0, (5,), (1,), 1.0, "length"), graded(0, 1, (5,), (1,), 1.0)]
-    assert collate(rows, mask_truncated=True, device=torch.device("cpu")).counts.tolist() == [False, True]
+    assert collate(rows, Options(mask_truncated=True), torch.device("cpu")).counts.tolist() == [False, True]
 
 
 def test_log_probs_keep_float32_precision() -> None:
     rows = [Graded(Rollout(Prompt(0, (1,), "", {}), 0, (3,), (math.log(0.3),), "stop", ""), 1.0)]
-    assert collate(rows, mask_truncated=False, device=torch.device("cpu")).sampling_logprobs.item() == pytest.approx(
+    assert collate(rows, Options(), torch.device("cpu")).sampling_logprobs.item() == pytest.approx(
         math.log(0.3), abs=1e-7
     )
