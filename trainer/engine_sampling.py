@@ -65,7 +65,7 @@ def _nucleus_sizes(scaled: Tensor, most: int, top_p: float) -> Tensor:
     vocabulary = scaled.shape[-1]
     weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
     if most == vocabulary:
-        # All tokens below this one together have less than 1 - top_p: only those above it need ranking.
+        # Tokens less likely than (1 - top_p) / V have less than 1 - top_p together: none of them is needed, so none is ranked.
         total = weights.sum(-1, keepdim=True, dtype=torch.float64)
         most = int((weights >= total * ((1.0 - top_p) / vocabulary)).sum(-1).max())
         ranked = weights.topk(most).values.double()

@@ -168,7 +168,7 @@ def _kept(support: Support | None, chunk: slice, vocabulary: int) -> Tensor | No
 
 
 def _restrict(scaled: Tensor, kept: Tensor | None) -> Tensor:
-    """In place."""
+    """Tokens that are not in `kept` get no probability; in place."""
     return scaled if kept is None else scaled.masked_fill_(~kept, _NEVER)
 
 

@@ -1,13 +1,14 @@
 """Batches for tests: from lists of token ids, from rollouts, and the log-probs that the model's own dense forward pass gives them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.options import Options
-from trainer.batch import Batch, Prompt, Rollout
+from trainer.batch import Batch, Prompt, Rollout, Support
 from trainer.policy import Policy
 from trainer.random import Purpose
 from trainer.rollout import RolloutEngine, Sampling
@@ -62,7 +63,7 @@ def make_batch(groups: list[tuple[Sequence[int], list[Sequence[int]]]]) -> Batch
 
 
 def batch_of_rollouts(rollouts: list[Rollout]) -> Batch:
-    """Rollouts of consecutive groups, with their sampling log-probs."""
+    """Rollouts of consecutive groups, with their sampling log-probs and supports."""
     groups: list[tuple[Sequence[int], list[Sequence[int]]]] = []
     last = None
     for rollout in rollouts:
@@ -73,7 +74,8 @@ def batch_of_rollouts(rollouts: list[Rollout]) -> Batch:
     batch = make_batch(groups)
     for row, rollout in enumerate(rollouts):
         batch.sampling_logprobs[row, : len(rollout.logprobs)] = torch.tensor(rollout.logprobs)
-    return batch
+    supports = [rollout.support.pad(batch.completion_ids.shape[1]) for rollout in rollouts if rollout.support is not None]
+    return replace(batch, support=Support.concatenate(supports) if supports else None)
 
 
 def dense_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.Tensor:

@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional
 
 from trainer import logprobs as module
+from trainer.batch import Support
 from trainer.logprobs import Head, score_tokens
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 37
@@ -17,13 +18,23 @@ def tensors(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor
     return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), targets
 
 
-def dense(hidden, weight, bias, targets, temperature, scale, soft_cap):
-    """The same numbers from the whole [N, V] tensor, for autograd to differentiate."""
+def dense(hidden, weight, bias, targets, temperature, scale, soft_cap, kept=None):
+    """The same numbers from the whole [N, V] tensor, for autograd to differentiate; over `kept` [N, V] bool only."""
     logits = functional.linear(hidden, weight, bias) * scale
     if soft_cap is not None:
         logits = torch.tanh(logits / soft_cap) * soft_cap
+    if kept is not None:
+        logits = logits.masked_fill(~kept, float("-inf"))
     log_p = (logits / temperature).log_softmax(-1)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
+
+
+def random_support(targets):
+    """(support, kept [N, V] bool): a random third of the vocabulary per row and the target; the first row has the target alone."""
+    kept = torch.rand(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(9)) < 0.3
+    kept[0] = False
+    kept[torch.arange(TOKENS), targets] = True
+    return Support.of([row.nonzero()[:, 0] for row in kept]), kept
 
 
 @pytest.fixture
@@ -34,14 +45,16 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("temperature", "scale", "soft_cap"), [(1.0, 1.0, None), (0.6, 1.0, None), (1.7, 0.25, 3.0)])
 @pytest.mark.parametrize("loss", ["logprobs", "entropy", "both"])
+@pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.usefixtures("small_chunks")
-def test_chunked_head_equals_dense_autograd_in_float64(has_bias, temperature, scale, soft_cap, loss):
+def test_chunked_head_equals_dense_autograd_in_float64(has_bias, temperature, scale, soft_cap, loss, restricted):
     hidden, weight, bias, targets = tensors(1)
+    support, kept = random_support(targets) if restricted else (None, None)
     weights = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     used = [hidden, weight, bias] if has_bias else [hidden, weight]
     bias = bias if has_bias else None
-    ours = score_tokens(hidden, Head(weight, bias, scale, soft_cap), targets, temperature, torch.float64)
-    expected = dense(hidden, weight, bias, targets, temperature, scale, soft_cap)
+    ours = score_tokens(hidden, Head(weight, bias, scale, soft_cap), targets, temperature, torch.float64, support)
+    expected = dense(hidden, weight, bias, targets, temperature, scale, soft_cap, kept)
     parts = {"logprobs": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (1.0, 0.3)}[loss]
     gradients = []
     for pair in (ours, expected):
@@ -88,10 +101,20 @@ def test_frozen_head_gets_no_gradient_and_hidden_still_does():
     torch.testing.assert_close(hidden.grad, expected)
 
 
-def test_no_tokens_give_no_numbers():
+def test_a_support_of_one_token_is_certain_and_teaches_nothing():
+    hidden, weight, _, targets = tensors(6, torch.float32)
+    alone = Support.of(list(targets[:, None]))
+    logprobs, entropies = score_tokens(hidden, Head(weight), targets, 0.7, torch.float32, alone)
+    (logprobs + entropies).sum().backward()
+    assert not any(numbers.any() for numbers in (logprobs, entropies, hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+def test_no_tokens_give_no_numbers(restricted):
     _, weight, _, _ = tensors(4)
-    hidden = torch.zeros(0, HIDDEN, dtype=torch.float64)
-    logprobs, entropies = score_tokens(hidden, Head(weight), torch.zeros(0, dtype=torch.int64), 1.0, torch.float64)
+    hidden, nothing = torch.zeros(0, HIDDEN, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    support = Support(torch.zeros(1, dtype=torch.int64), nothing.int()) if restricted else None
+    logprobs, entropies = score_tokens(hidden, Head(weight), nothing, 1.0, torch.float64, support)
     assert logprobs.shape == entropies.shape == (0,)
 
 

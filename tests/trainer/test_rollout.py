@@ -240,13 +240,14 @@ def test_nothing_of_a_prompt_position_depends_on_its_place_in_the_call(tiny):
     assert other[0].token_ids != plain[0, 0]
 
 
-def test_sampling_and_learning_run_under_deterministic_algorithms_bit_for_bit(tiny, engine_kind):
+@pytest.mark.parametrize("filters", [{}, {"top_k": 20, "top_p": 0.9}], ids=["free", "restricted"])
+def test_sampling_and_learning_run_under_deterministic_algorithms_bit_for_bit(tiny, engine_kind, filters):
     policy = make_policy(tiny, precision="bf16")
     torch.use_deterministic_algorithms(True)
     try:
         found = []
         for _ in range(2):
-            rollouts = sample(policy, tiny, make_prompts(tiny), 4)
+            rollouts = sample(policy, tiny, make_prompts(tiny), 4, **filters)
             policy.model.zero_grad()
             policy.score(batch_of_rollouts(rollouts), 1.0).logprobs.sum().backward()
             found.append((rollouts, torch.cat([parameter.grad.flatten() for parameter in policy.policy_parameters()])))
