@@ -89,9 +89,9 @@ def set_up_machine(job: ResolvedJob) -> torch.device:
     """Thread count and deterministic kernels as the job says; -> the device to train on. Before any tensor work."""
     if job.num_threads:
         torch.set_num_threads(job.num_threads)
+    torch.use_deterministic_algorithms(job.options.deterministic)
     if job.options.deterministic:
         os.environ.update({"OMP_DYNAMIC": "FALSE", "MKL_DYNAMIC": "FALSE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
-        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -92,6 +92,4 @@ def test_masked_truncated_completions_do_not_count() -> None:
 
 def test_log_probs_keep_float32_precision() -> None:
     rows = [Graded(Rollout(Prompt(0, (1,), "", {}), 0, (3,), (math.log(0.3),), "stop", ""), 1.0)]
-    assert collate(rows, Options(), torch.device("cpu")).sampling_logprobs.item() == pytest.approx(
-        math.log(0.3), abs=1e-7
-    )
+    assert collate(rows, Options(), torch.device("cpu")).sampling_logprobs.item() == pytest.approx(math.log(0.3), abs=1e-7)
