@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from api.pagination import ListPage
 from core.lifecycle import Status
 
 
@@ -116,6 +117,28 @@ class MetricList(BaseModel):
     data: list[MetricPoint]
     has_more: bool
     last_seq: int
+
+
+class StepDigest(BaseModel):
+    id: str = Field(examples=["ftdigest-12"])
+    object: Literal["fine_tuning.job.step_digest"] = "fine_tuning.job.step_digest"
+    step: int = Field(examples=[12])
+    digest: str = Field(examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"])
+    """SHA-256 over the digest of the step before and what this step sampled, was graded and computed."""
+
+
+class StateHash(BaseModel):
+    kind: Literal["checkpoint", "resume_point"]
+    step: int = Field(examples=[12])
+    state_sha256: str = Field(examples=["60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"])
+    """Over all weights that are trained and the whole state of the optimizers."""
+
+
+class DigestPage(ListPage[StepDigest]):
+    """The chain of a job, first step first. Two jobs whose digests agree at a step agree in every step up to it."""
+
+    states: list[StateHash]
+    """Of every checkpoint and resume point that is kept and has one; the same on every page."""
 
 
 class Sample(BaseModel):

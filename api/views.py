@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from api import schemas
 from core.lifecycle import Status
 from core.options import Options
+from core.run_directory import STATE_HASH, Manifest
 from database import models
 from database.graders import MASK
 
@@ -23,6 +24,9 @@ CONTRACT_HYPERPARAMETERS = (
 
 SAMPLE_PREFIX = "ftsample-"
 """Before the sample's number in its job."""
+
+DIGEST_PREFIX = "ftdigest-"
+"""Before the step."""
 
 CHECKPOINT_METRICS = {
     "train_loss": "loss",
@@ -124,6 +128,14 @@ def checkpoint_view(checkpoint: models.Checkpoint) -> schemas.JobCheckpoint:
 
 def metric_view(metric: models.Metric) -> schemas.MetricPoint:
     return schemas.MetricPoint(**_columns(metric, schemas.MetricPoint))
+
+
+def digest_view(digest: models.StepDigest) -> schemas.StepDigest:
+    return schemas.StepDigest(id=f"{DIGEST_PREFIX}{digest.step}", step=digest.step, digest=digest.digest)
+
+
+def state_view(manifest: Manifest) -> schemas.StateHash:
+    return schemas.StateHash(kind=manifest.kind, step=manifest.step, state_sha256=manifest.facts[STATE_HASH])
 
 
 def sample_view(sample: models.Sample) -> schemas.Sample:

@@ -90,6 +90,20 @@ class Jobs:
         wanted = ",".join(names) if names else None
         return self._transport.get(self._path(job_id, "metrics"), after=after, names=wanted, max_points=max_points)
 
+    def every_metric(self, job_id: str, *, names: Sequence[str] | None = None) -> Iterator[Object]:
+        after, has_more = 0, True
+        while has_more:
+            page = self.metrics(job_id, after=after, names=names)
+            yield from page["data"]
+            after, has_more = page["last_seq"], page["has_more"]
+
+    def digests(self, job_id: str, *, after: str | None = None, limit: int | None = None) -> Object:
+        """One page of the chain, first step first, with the `states` that the job keeps."""
+        return self._transport.get(self._path(job_id, "digests"), after=after, limit=limit)
+
+    def every_digest(self, job_id: str) -> Iterator[Object]:
+        return _every(lambda after: self.digests(job_id, after=after, limit=100))
+
     def samples(
         self,
         job_id: str,

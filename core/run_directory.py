@@ -23,6 +23,11 @@ METRICS, EVENTS, SAMPLES, REWARDS = "metrics.jsonl", "events.jsonl", "samples.js
 LOG, BEAT, PROGRESS, CONTROL, OUTCOME, LOCK = "trainer.log", "beat", "progress", "control", "outcome.json", "lock"
 CHECKPOINTS, RESUME_POINTS, MANIFEST = "checkpoints", "resume_points", "manifest.json"
 SECRETS_FD = "--secrets-fd"
+STATE_HASH = "state_sha256"
+"""The fact of a manifest that says what SHA-256 weights and optimizer state had."""
+
+VARIABLE_METRICS = ("seconds_", "tokens_per_second", "peak_memory_bytes", "grader_latency", "grader_attempts")
+"""Beginnings of the names of metrics whose values differ between runs that are otherwise identical."""
 
 
 class _Strict(BaseModel):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
-from core.run_directory import Manifest
+from core.run_directory import STATE_HASH, Manifest
 from database.base_models import register_model
 from database.blobs import BlobInfo
 from database.guards import guard
@@ -46,6 +46,15 @@ def list_checkpoints(session: Session, job_id: str, *, after: str | None, limit:
     """Newest step first; `job_id` came from `jobs.get_job`. Raises: InvalidRequest for an unknown `after`."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id)
     return fetch_page(session, query, (Checkpoint.step,), after=after, limit=limit, id_column=Checkpoint.id)
+
+
+def list_states(session: Session, job_id: str) -> list[Manifest]:
+    """The manifests, by step, of the checkpoints and the resume point of the job that say what hash all its state had."""
+    query = select(Checkpoint.manifest).where(Checkpoint.job_id == job_id)
+    stored = list(session.execute(query).scalars())
+    point = newest_resume_point(session, job_id)
+    manifests = [Manifest.model_validate(manifest) for manifest in [*stored, *([point.manifest] if point else [])]]
+    return sorted((manifest for manifest in manifests if STATE_HASH in manifest.facts), key=lambda manifest: manifest.step)
 
 
 def checkpoint_files(session: Session, checkpoint_id: str) -> list[CheckpointFile]:

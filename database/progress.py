@@ -96,6 +96,17 @@ def list_events(session: Session, job_id: str, *, after: str | None, limit: int)
     return fetch_page(session, query, (Event.seq,), after=after, limit=limit, id_column=Event.id)
 
 
+def list_digests(session: Session, job_id: str, *, after: int | None, limit: int) -> Page[StepDigest]:
+    """The chain of the steps that are done, first step first; `after` is the step of the last one seen.
+
+    What an earlier attempt did beyond the step where the job stands now is another chain's, so it is left out.
+    Raises: InvalidRequest for an unknown `after`.
+    """
+    query = select(StepDigest).join(Job, Job.id == StepDigest.job_id)
+    query = query.where(StepDigest.job_id == job_id, StepDigest.phase == "train", StepDigest.step <= Job.current_step)
+    return fetch_page(session, query, (StepDigest.step,), after=after, limit=limit, id_column=StepDigest.step, descending=False)
+
+
 def list_metrics(
     session: Session,
     job_id: str,

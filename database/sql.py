@@ -88,9 +88,9 @@ def fetch_page(
     query: Select[Row],
     order: Sequence[InstrumentedAttribute[Any]],
     *,
-    after: str | None,
+    after: str | int | None,
     limit: int,
-    id_column: InstrumentedAttribute[str],
+    id_column: InstrumentedAttribute[Any],
     descending: bool = True,
 ) -> Page[Row]:
     """`limit` rows of `query` in `order`, from behind the row whose id is `after`.

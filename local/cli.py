@@ -8,7 +8,7 @@ import typer
 
 from client.errors import ClientError
 from core.errors import PlatformError
-from local import cli_graders, cli_jobs, cli_models
+from local import cli_graders, cli_jobs, cli_models, cli_verify
 from local.up import up as run_platform
 
 commands = typer.Typer(help="Hone: reinforcement fine-tuning on your own machines.", no_args_is_help=True, add_completion=False)
@@ -16,6 +16,7 @@ commands.add_typer(cli_models.commands, name="models")
 commands.add_typer(cli_jobs.commands, name="jobs")
 commands.add_typer(cli_graders.graders, name="graders")
 commands.add_typer(cli_graders.files, name="files")
+commands.command("verify-run")(cli_verify.verify_run)
 
 
 @commands.command("up")

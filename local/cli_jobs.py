@@ -116,13 +116,9 @@ def metrics(job_id: str, names: Annotated[str, typer.Option(help="Comma-separate
     """One line a step."""
     wanted = None if names == "all" else names.split(",")
     rows: dict[tuple[int, str], dict[str, Any]] = {}
-    after, has_more = 0, True
     with connect() as client:
-        while has_more:
-            page = client.jobs.metrics(job_id, after=after, names=wanted)
-            for point in page["data"]:
-                rows.setdefault((point["step"], point["phase"]), {})[point["name"]] = point["value"]
-            after, has_more = page["last_seq"], page["has_more"]
+        for point in client.jobs.every_metric(job_id, names=wanted):
+            rows.setdefault((point["step"], point["phase"]), {})[point["name"]] = point["value"]
     for (step, phase), values in sorted(rows.items()):
         typer.echo(f"step {step:>5}  {phase}  " + "  ".join(f"{name} {shorten(value)}" for name, value in sorted(values.items())))
 

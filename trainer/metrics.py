@@ -19,9 +19,6 @@ from trainer.batch import Batch, Estimate, Graded
 
 Phase = Literal["train", "valid"]
 
-VARIABLE = ("seconds_", "tokens_per_second", "peak_memory_bytes", "grader_latency", "grader_attempts")
-"""Beginnings of the names whose values differ between runs that are otherwise identical."""
-
 
 class Stopwatch:
     """Seconds spent per phase since the last `take`."""

@@ -10,18 +10,29 @@ from api.auth import JobReader, JobWriter
 from api.bodies import JsonBody, documents
 from api.pagination import After, Limit, ListPage, list_page
 from api.requests import CreateJobBody
-from api.schemas import Job, JobCheckpoint, JobEvent, MetricList, Sample
+from api.schemas import DigestPage, Job, JobCheckpoint, JobEvent, MetricList, Sample
 from api.services import Services, get_services
 from api.submission import submit_job
-from api.views import SAMPLE_PREFIX, checkpoint_view, event_view, job_view, metric_view, sample_view
+from api.views import (
+    DIGEST_PREFIX,
+    SAMPLE_PREFIX,
+    checkpoint_view,
+    digest_view,
+    event_view,
+    job_view,
+    metric_view,
+    sample_view,
+    state_view,
+)
 from core.errors import InvalidRequest
-from database.checkpoints import list_checkpoints
+from database.checkpoints import list_checkpoints, list_states
 from database.jobs import cancel_job, get_job, list_jobs
-from database.progress import list_events, list_metrics, list_samples
+from database.progress import list_digests, list_events, list_metrics, list_samples
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 HasServices = Annotated[Services, Depends(get_services)]
 MAX_NUMBER = 2**53
+MAX_STEP = 2**31 - 1
 MAX_METADATA_PAIRS = 16
 Number = Annotated[int, Query(ge=0, le=MAX_NUMBER)]
 Reward = Annotated[float | None, Query(allow_inf_nan=False)]
@@ -106,12 +117,22 @@ def list_job_metrics(
     return MetricList(data=data, has_more=page.has_more, last_seq=data[-1].seq if data else after)
 
 
+@router.get("/{job_id}/digests")
+def list_job_digests(job_id: str, caller: JobReader, services: HasServices, after: After = None, limit: Limit = 100) -> DigestPage:
+    """The chained digest of every step that is done, first step first: with it anyone can check that two jobs are the same run."""
+    with services.database.reading() as session:
+        get_job(session, caller.project_id, job_id)
+        step = _number_of(after, DIGEST_PREFIX, MAX_STEP)
+        page = list_page(list_digests(session, job_id, after=step, limit=limit), digest_view)
+        return DigestPage(**dict(page), states=[state_view(manifest) for manifest in list_states(session, job_id)])
+
+
 @router.get("/{job_id}/samples")
 def list_job_samples(
     job_id: str,
     caller: JobReader,
     services: HasServices,
-    step: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
+    step: Annotated[int | None, Query(ge=0, le=MAX_STEP)] = None,
     phase: Literal["train", "valid"] | None = None,
     order: Annotated[Literal["seq", "reward", "-reward"], Query(description="As stored, or by reward from the lowest or highest.")] = "seq",
     min_reward: Reward = None,
@@ -130,19 +151,19 @@ def list_job_samples(
             order=order,
             min_reward=min_reward,
             max_reward=max_reward,
-            after=_sample_number(after),
+            after=_number_of(after, SAMPLE_PREFIX, MAX_NUMBER),
             limit=limit,
         )
         return list_page(page, sample_view)
 
 
-def _sample_number(after: str | None) -> int | None:
-    """The number in a sample's id. Raises: InvalidRequest."""
+def _number_of(after: str | None, prefix: str, largest: int) -> int | None:
+    """The number behind `prefix` in an id. Raises: InvalidRequest."""
     if after is None:
         return None
-    digits = after.removeprefix(SAMPLE_PREFIX)
-    if digits == after or not (digits.isascii() and digits.isdecimal()) or len(digits) > 16:
-        raise InvalidRequest(f"'after' is {after!r}; it must be the id of a sample.", param="after")
+    digits = after.removeprefix(prefix)
+    if digits == after or not (digits.isascii() and digits.isdecimal()) or int(digits) > largest:
+        raise InvalidRequest(f"'after' is {after!r}; it must be an id of this list, such as '{prefix}12'.", param="after")
     return int(digits)
 
 

@@ -8,7 +8,7 @@ import pytest
 from api.views import CONTRACT_HYPERPARAMETERS
 from core.lifecycle import Status
 from core.options import Options
-from core.presets import resolve_options
+from core.presets import PRESETS, resolve_options
 from core.run_directory import FileEntry, Manifest
 from database.jobs import get_job, mark_validated
 from database.models import Checkpoint, Event, Job, Metric, Sample
@@ -39,6 +39,21 @@ def test_fresh_job_echoes_what_was_sent_and_auto_for_the_rest(owner: Account) ->
     assert block["hyperparameters"] == auto | {"n_epochs": 2, "group_size": 4, "learning_rate": 1e-5}
     expected = resolve_options("ppo", {"n_epochs": 2, "group_size": 4, "learning_rate": 1e-5})
     assert Options.model_validate(job["options"]) == expected
+
+
+@pytest.mark.parametrize("algorithm", sorted(PRESETS))
+def test_job_shows_every_effective_option_of_its_preset(algorithm: str, owner: Account) -> None:
+    """Only the algorithm is given; nothing that the trainer goes by is left to be guessed."""
+    request = owner.job_request()
+    request["method"]["reinforcement"] |= {"algorithm": algorithm}
+    created = owner.post(JOBS, request).json()
+    shown = owner.get(f"{JOBS}/{created['id']}").json()
+    assert shown["method"]["reinforcement"]["algorithm"] == algorithm
+    assert shown["options"] == created["options"]
+    assert shown["options"].keys() == Options.model_fields.keys()
+    assert shown["options"].items() >= PRESETS[algorithm].items()
+    assert (shown["options"]["group_size"], shown["options"]["learning_rate"]) == (1 if algorithm == "ppo" else 8, 2e-5)
+    assert shown["options"]["value_learning_rate"] == (2e-4 if algorithm == "ppo" else None)
 
 
 def test_fields_that_clients_choke_on_when_null_are_not(owner: Account) -> None:

@@ -67,6 +67,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): Row("jobs:read", **JOB),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): Row("jobs:read", **JOB),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/metrics"): Row("jobs:read", **JOB),
+    ("GET", "/v1/fine_tuning/jobs/{job_id}/digests"): Row("jobs:read", **JOB),
     ("GET", "/v1/fine_tuning/jobs/{job_id}/samples"): Row("jobs:read", **JOB),
     ("POST", "/v1/fine_tuning/alpha/graders/run"): Row(
         "graders:write", body=lambda account: {"grader": STRING_CHECK, "model_sample": "4", "item": {"answer": "4"}}

@@ -10,7 +10,7 @@ from database.files import list_files
 from database.jobs import jobs_to_validate, list_jobs
 from database.leases import count_queued, expire_leases
 from database.models import Event, File, Job
-from database.progress import list_events, list_metrics, list_samples
+from database.progress import list_digests, list_events, list_metrics, list_samples
 from database.projects import find_api_key
 from database.session import open_database
 from tests.database.rows import claim
@@ -25,6 +25,7 @@ POLLED = {
     "files": lambda session: list_files(session, "proj_a", purpose="fine-tune", after=None, limit=5),
     "events": lambda session: list_events(session, "ftjob-a", after=None, limit=5),
     "metrics": lambda session: list_metrics(session, "ftjob-a", after=7),
+    "digests": lambda session: list_digests(session, "ftjob-a", after=None, limit=5),
     "samples": lambda session: list_samples(session, "ftjob-a", step=3, order="reward"),
     "api key": lambda session: find_api_key(session, "hone-x"),
 }

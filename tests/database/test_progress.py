@@ -9,6 +9,7 @@ from database.leases import expire_leases
 from database.models import Event, Metric, RelayOffset, Sample
 from database.progress import (
     add_event,
+    list_digests,
     list_events,
     list_metrics,
     list_samples,
@@ -135,6 +136,22 @@ def test_a_resumed_step_that_differs_warns(database):
     with database.reading() as session:
         newest = list_events(session, held.job.id, after=None, limit=1).items[0]
     assert (newest.level, newest.data) == ("warn", {"code": "resume_diverged", "step": 2, "phase": "train"})
+
+
+def chain(database, held):
+    with database.reading() as session:
+        return [(row.step, row.digest) for row in list_digests(session, held.job.id, after=None, limit=50).items]
+
+
+def test_the_chain_of_a_resumed_job_ends_where_the_job_stands_now(database):
+    """What the first attempt did beyond the resume point belongs to a chain that was given up."""
+    _, held = make_running(database)
+    first = [metrics_line(step, digest=f"d{step}", r=0.0) for step in (1, 2, 3, 4)]
+    store(database, store_metrics, held, METRICS, 40, [*first, metrics_line(4, "valid", r=0.0)])
+    assert chain(database, held) == [(1, "d1"), (2, "d2"), (3, "d3"), (4, "d4")]
+    again = next_attempt(database, held)
+    store(database, store_metrics, again, METRICS, 10, [metrics_line(3, digest="e3", r=0.0)])
+    assert chain(database, again) == [(1, "d1"), (2, "d2"), (3, "e3")]
 
 
 def test_max_points_thins_each_curve_evenly_and_keeps_its_newest(database):

@@ -1,5 +1,8 @@
 """The whole platform as processes: the unmodified openai client, the real trainer on a tiny model, a grader behind real HTTP."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +93,19 @@ def test_every_step_has_its_metrics_and_samples_once(platform: Platform, finishe
         page = platform.request("GET", f"/v1/fine_tuning/jobs/{finished.id}/samples?step={step}&phase=train&limit=100")
         assert len(page["data"]) == 4
         assert all(sample["grader_version"].endswith("@1") for sample in page["data"])
+
+
+def test_the_same_request_again_is_the_same_run(platform: Platform, grader_id: str, finished: Any) -> None:
+    """Two jobs, two trainer processes, a grader behind HTTP: the command of a user who checks it finds one chain."""
+    chain = platform.request("GET", f"/v1/fine_tuning/jobs/{finished.id}/digests")["data"]
+    assert [entry["step"] for entry in chain] == [1, 2, 3, 4]
+    assert len({entry["digest"] for entry in chain}) == 4
+    again = platform.wait_for_end(submit(platform.client(), grader_id).id)
+    command = [sys.executable, "-m", "local.cli", "verify-run", finished.id, again.id]
+    environment = {**os.environ, "HONE_URL": platform.url, "HONE_API_KEY": platform.key}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.startswith("The same run: every step up to 4")
 
 
 def test_grader_was_called_with_signatures_and_its_secrets_are_nowhere(platform: Platform, grader: SignedGrader, finished: Any) -> None:

@@ -19,6 +19,7 @@ from core.run_directory import (
     SAMPLES,
     TRAIN,
     VALID,
+    VARIABLE_METRICS,
     Control,
     End,
     published,
@@ -28,7 +29,6 @@ from core.run_directory import (
 from graders.grade import GradeRequest
 from tests.trainer.runs import FunctionGrader, letter_fraction, make_run_directory, read_metrics, read_samples, train_here
 from trainer.checkpoints import Progress, ResumePoint, find_resume_point, save_checkpoint, save_resume_point, state_digest
-from trainer.metrics import VARIABLE
 
 CASES = [
     ("grpo", {"kl_coefficient": 0.05, "minibatches_per_batch": 2, "epochs_per_batch": 2, "microbatch_tokens": 64}),
@@ -62,7 +62,7 @@ def successor(old: Path, new: Path, point: Path) -> Path:
 
 def comparable_metrics(folder: Path, phase: str) -> list[tuple[int, dict[str, float], str]]:
     return [
-        (line.step, {name: value for name, value in line.values.items() if not name.startswith(VARIABLE)}, line.digest)
+        (line.step, {name: value for name, value in line.values.items() if not name.startswith(VARIABLE_METRICS)}, line.digest)
         for line in read_metrics(folder, phase)
     ]
 
