@@ -13,7 +13,20 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from client.client import Client
-from core.run_directory import CHECKPOINTS, JOB, MANIFEST, METRICS, RESUME_POINTS, Control, ResolvedJob, publish_json, write_control
+from core.run_directory import (
+    CHECKPOINTS,
+    JOB,
+    MANIFEST,
+    METRICS,
+    RESUME_POINTS,
+    STATE_HASH,
+    Control,
+    ResolvedJob,
+    publish_json,
+    published,
+    read_manifest,
+    write_control,
+)
 from graders.grade import GradeRequest
 from local import cli, run_records
 from tests.trainer.runs import FunctionGrader, letter_fraction, make_run_directory, read_metrics, train_here
@@ -61,8 +74,9 @@ def test_the_same_job_under_another_id_is_the_same_run(run: Path, tmp_path: Path
     result = verify(run, again)
     assert result.exit_code == SAME
     assert result.output.startswith("The same run: every step up to 4, the last of both, is equal.")
-    assert "Weights and optimizers are equal: resume point of step 2" in result.output
+    assert "Weights and optimizers are equal: resume point of step 2, checkpoint of step 4." in result.output
     assert "differ" not in result.output
+    assert "not compared" not in result.output
 
 
 def test_another_seed_parts_at_the_first_step_and_is_named(run: Path, tmp_path: Path) -> None:
@@ -72,7 +86,7 @@ def test_another_seed_parts_at_the_first_step_and_is_named(run: Path, tmp_path: 
     assert result.output.startswith("Different runs: no step is equal, step 1 differs.")
     found = facts(run, other)
     assert found["different_settings"] == {"seed": [1, 2]}
-    assert found["different_states"] == [{"kind": "resume_point", "step": 2}]
+    assert found["different_states"] == [{"kind": "resume_point", "step": 2}, {"kind": "checkpoint", "step": 4}]
 
 
 def test_one_reward_changed_parts_the_runs_there_and_shows_what_differs(run: Path, tmp_path: Path) -> None:
@@ -112,14 +126,14 @@ def test_run_that_was_stopped_early_is_a_prefix(run: Path, tmp_path: Path) -> No
 
 
 def test_equal_digests_with_other_weights_are_different_runs(run: Path, copy: Path) -> None:
-    manifest = copy / RESUME_POINTS / "step_000002" / MANIFEST
+    manifest = copy / CHECKPOINTS / "step_000004" / MANIFEST
     content = json.loads(manifest.read_text())
     content["facts"]["state_sha256"] = "0" * 64
     manifest.write_text(json.dumps(content))
     result = verify(run, copy)
     assert result.exit_code == DIFFERENT
     assert result.output.startswith("Different runs: every step up to 4 is equal, but weights or optimizers are not.")
-    assert "Weights or optimizers differ: resume point of step 2" in result.output
+    assert "Weights or optimizers differ: checkpoint of step 4" in result.output
 
 
 def test_state_that_only_one_side_has_is_said_to_be_not_compared(run: Path, copy: Path) -> None:
@@ -174,6 +188,8 @@ class ApiOfARun:
     def __init__(self, folder: Path) -> None:
         self._job = ResolvedJob.model_validate_json((folder / JOB).read_text())
         self._lines = read_metrics(folder)
+        (final,) = published(folder, CHECKPOINTS)
+        self._state = read_manifest(final).facts[STATE_HASH]
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         routes = {"": self._retrieve, "/digests": self._digests, "/metrics": self._metrics}
@@ -188,7 +204,7 @@ class ApiOfARun:
     def _digests(self, request: httpx.Request) -> dict[str, Any]:
         start = int(request.url.params.get("after", "ftdigest-0").removeprefix("ftdigest-"))
         data = [{"id": f"ftdigest-{line.step}", "step": line.step, "digest": line.digest} for line in self._lines]
-        states = [{"kind": "checkpoint", "step": 4, "state_sha256": "e" * 64}]
+        states = [{"kind": "checkpoint", "step": 4, "state_sha256": self._state}]
         return {"data": data[start : start + 2], "has_more": start + 2 < len(data), "states": states}
 
     def _metrics(self, request: httpx.Request) -> dict[str, Any]:
@@ -201,7 +217,7 @@ def test_job_is_compared_through_the_api(run: Path, tmp_path: Path, monkeypatch:
     api = httpx.MockTransport(ApiOfARun(run))
     monkeypatch.setattr(run_records, "connect", lambda: Client("http://hone.test/v1", "k", http=api))
     assert verify("ftjob-real", run).exit_code == SAME
-    found = facts("ftjob-real", "ftjob-real")
+    found = facts(run, "ftjob-real")
     assert (found["verdict"], found["equal_states"]) == ("same", [{"kind": "checkpoint", "step": 4}])
     other = facts(train(tmp_path / "other", seed=2), "ftjob-real")
     assert other["first_different_step"] == 1
