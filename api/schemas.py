@@ -131,7 +131,7 @@ class StateHash(BaseModel):
     kind: Literal["checkpoint", "resume_point"]
     step: int = Field(examples=[12])
     state_sha256: str = Field(examples=["60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752"])
-    """Over all weights that are trained and the whole state of the optimizers."""
+    """Over all trained weights, the state of the optimizers and the rollouts that were sampled ahead."""
 
 
 class DigestPage(ListPage[StepDigest]):

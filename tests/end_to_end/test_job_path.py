@@ -106,6 +106,7 @@ def test_the_same_request_again_is_the_same_run(platform: Platform, grader_id: s
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.startswith("The same run: every step up to 4")
+    assert "Weights and optimizers are equal: checkpoint of step 4" in process.stdout
 
 
 def test_grader_was_called_with_signatures_and_its_secrets_are_nowhere(platform: Platform, grader: SignedGrader, finished: Any) -> None:
