@@ -26,6 +26,7 @@ from core.run_directory import (
     RESUME_POINTS,
     REWARDS,
     SAMPLES,
+    STATE_HASH,
     FileEntry,
     Manifest,
     fsync_folder,
@@ -107,7 +108,7 @@ def save_resume_point(
         own = {
             "progress": progress.model_dump(),
             "lengths": {name: _size(run_directory / name) for name in OUTPUTS},
-            "state_sha256": state_digest({"weights": weights, "optimizers": optimizers, "pending": pending}),
+            STATE_HASH: state_digest({"weights": weights, "optimizers": optimizers, "pending": pending}),
         }
         return Manifest(kind="resume_point", step=progress.step, files=_entries(folder), facts={**facts, **own})
 

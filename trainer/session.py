@@ -12,7 +12,7 @@ from core.errors import InvalidRequest, TrainingError
 from core.folders import folder_digest
 from core.grader_specs import PinnedGraderSpec
 from core.redaction import Redactor, secret_values
-from core.run_directory import MODEL, REWARDS, TRAIN, VALID, ResolvedJob
+from core.run_directory import MODEL, REWARDS, STATE_HASH, TRAIN, VALID, ResolvedJob
 from graders.build import build_grader
 from graders.grade import Grader
 from outbound.safe_http import NetworkPolicy
@@ -82,7 +82,7 @@ class Run:
         """The model of the current step, with the step's metrics."""
         progress = self.progress
         valid = progress.valid_metrics if progress.evaluated_step == progress.step else {}
-        facts = {**self.facts, "state_sha256": self._state_digest()} if self.is_at_end else self.facts
+        facts = {**self.facts, STATE_HASH: self._state_digest()} if self.is_at_end else self.facts
         folder = save_checkpoint(self.directory, progress.step, self.policy.save, {**progress.train_metrics, **valid}, facts)
         prune_checkpoints(self.directory, self.job.options.keep_checkpoints)
         return folder
