@@ -100,7 +100,7 @@ class Options(BaseModel):
     kl_target: Positive | None = None
     """k1 per completion that the coefficient is steered to after each step. None: a fixed coefficient."""
     kl_horizon: Positive = 10_000.0
-    """Completions over which the coefficient follows `kl_target`: it moves by at most 20 % * completions / kl_horizon a step."""
+    """Completions over which the coefficient follows `kl_target`: a step moves it by at most 20 % * completions / kl_horizon, and 20 %."""
     entropy_coefficient: NotNegative = 0.0
     """Weight of the entropy bonus."""
     mismatch_correction: Literal["none", "truncate", "reject"] = "truncate"

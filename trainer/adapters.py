@@ -77,7 +77,7 @@ def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     return {full: parameter for full, parameter in model.named_parameters() if ".lora_" in full and f".{name}." in full}
 
 
-def thaw(model: PeftModel) -> None:
+def thaw(model: nn.Module) -> None:
     """Every adapter learns; the base does not.
 
     Switching freezes the adapters that are not in use, and a frozen leaf drops the gradient of a graph made earlier.
@@ -87,15 +87,25 @@ def thaw(model: PeftModel) -> None:
 
 
 @contextmanager
-def only_adapter(model: PeftModel, name: str) -> Iterator[None]:
-    """Inside, forward passes use adapter `name` in place of the policy's."""
-    model.set_adapter(name)
-    thaw(model)
+def only_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, forward passes of `model`, or of the part of a model that it is, use adapter `name` in place of the policy's."""
+    _switch(model, name)
     try:
         yield
     finally:
-        model.set_adapter(POLICY)
-        thaw(model)
+        _switch(model, POLICY)
+
+
+def _switch(model: nn.Module, name: str) -> None:
+    for _, layer in _layers(model):
+        layer.set_adapter(name)
+    thaw(model)
+
+
+def adapter_in_use(model: nn.Module) -> str:
+    """The adapter that a forward pass of `model` would use now; the policy's too where it has none."""
+    names = {name for _, layer in _layers(model) for name in layer.active_adapters}
+    return VALUE if names == {VALUE} else POLICY
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from core.options import Options
 from trainer.batch import Batch, Estimate
 from trainer.kl import KL_ESTIMATORS, kl_in_reward
 
-Estimator = Callable[[Batch], Estimate]
+Estimator = Callable[[Batch, float], Estimate]
+"""(batch, current KL coefficient) -> estimate. The coefficient is read where KL sits in the reward."""
 
 GROUP_EPSILON = 1e-4
 WHITEN_EPSILON = 1e-8
@@ -20,19 +21,19 @@ MIN_WHITEN_STD = 1e-6
 
 
 def make_estimator(options: Options) -> Estimator:
-    """The estimator that `advantage_estimator` names: Batch -> Estimate."""
+    """The estimator that `advantage_estimator` names."""
     makers = {"gae": _make_gae, "group": _make_group, "batch": _make_batch}
     return makers[options.advantage_estimator](options)
 
 
-def reward_penalties(batch: Batch, options: Options) -> Tensor:
+def reward_penalties(batch: Batch, kl_coefficient: float, options: Options) -> Tensor:
     """kl_coefficient * KL_t of each counted token where KL sits in the reward, else 0. -> [B, T] float64."""
     if not kl_in_reward(options):
         return torch.zeros_like(batch.sampling_logprobs, dtype=torch.float64)
     assert batch.old_logprobs is not None, "KL in the reward needs the old log-probs"
     assert batch.reference_logprobs is not None, "KL in the reward needs the reference log-probs"
     divergence = KL_ESTIMATORS[options.kl_estimator](batch.old_logprobs.double(), batch.reference_logprobs.double())
-    return options.kl_coefficient * divergence.masked_fill(~batch.token_counts, 0.0)
+    return kl_coefficient * divergence.masked_fill(~batch.token_counts, 0.0)
 
 
 def terminal_rewards(batch: Batch) -> Tensor:
@@ -45,14 +46,22 @@ def terminal_rewards(batch: Batch) -> Tensor:
     return torch.where(mask & (later == 1), batch.rewards[:, None], 0.0)
 
 
-def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: float) -> Tensor:
-    """A_t = delta_t + gamma * lambda * A_{t+1} with delta_t = r_t + gamma * V_{t+1} - V_t; V after the last token is 0.
+def end_values(batch: Batch, goes_on: Tensor) -> Tensor:
+    """V of the state after each row's last token: the recorded one where `goes_on` [B] bool, else 0. -> [B] float64."""
+    if batch.bootstrap_values is None:
+        assert not goes_on.any(), "the estimator needs recorded bootstrap values"
+        return torch.zeros_like(batch.rewards)
+    return batch.bootstrap_values.double().masked_fill(~goes_on, 0.0)
 
-    t + 1 is the next token whose mask is 1. All [B, T]; -> [B, T], 0 where the mask is 0.
+
+def generalized_advantages(rewards: Tensor, values: Tensor, after: Tensor, mask: Tensor, gamma: float, lambda_: float) -> Tensor:
+    """A_t = delta_t + gamma * lambda * A_{t+1} with delta_t = r_t + gamma * V_{t+1} - V_t. -> [B, T], 0 where the mask is 0.
+
+    t + 1 is the next token whose mask is 1; V after the last one is `after` [B]. The others are [B, T].
     Source: Schulman et al. 2016, arXiv:1506.02438 equation 16.
     """
     advantages = torch.zeros_like(rewards)
-    next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    next_value, next_advantage = after, torch.zeros_like(after)
     for t in reversed(range(rewards.shape[1])):
         counted = mask[:, t]
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -75,14 +84,17 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 def _make_gae(options: Options) -> Estimator:
     """PPO: per token, from the value head. Source: Schulman et al. 2016 and 2017; Ouyang et al. 2022."""
 
-    def estimate(batch: Batch) -> Estimate:
+    def estimate(batch: Batch, kl_coefficient: float) -> Estimate:
         assert batch.values is not None, "the estimator needs recorded values"
         mask, values = batch.token_counts, batch.values.double()
-        rewards = terminal_rewards(batch) - reward_penalties(batch, options)
-        targets = generalized_advantages(rewards, values, mask, options.gamma, options.value_gae_lambda)
+        # A graded completion is over, also one that was cut. With the option a cut one goes on, and its grade is not looked at.
+        goes_on = batch.truncated & options.truncation_bootstrap
+        after = end_values(batch, goes_on)
+        rewards = terminal_rewards(batch).masked_fill(goes_on[:, None], 0.0) - reward_penalties(batch, kl_coefficient, options)
+        targets = generalized_advantages(rewards, values, after, mask, options.gamma, options.value_gae_lambda)
         advantages = targets
         if options.gae_lambda != options.value_gae_lambda:
-            advantages = generalized_advantages(rewards, values, mask, options.gamma, options.gae_lambda)
+            advantages = generalized_advantages(rewards, values, after, mask, options.gamma, options.gae_lambda)
         if options.whiten_advantages:
             advantages = whiten(advantages, mask)
         returns = torch.where(mask, targets + values, 0.0)
@@ -94,8 +106,8 @@ def _make_gae(options: Options) -> Estimator:
 def _make_batch(options: Options) -> Estimator:
     """REINFORCE++: grade minus the KL still to come, normalised over the batch. Source: Hu et al. 2025, arXiv:2501.03262."""
 
-    def estimate(batch: Batch) -> Estimate:
-        penalties = reward_penalties(batch, options)
+    def estimate(batch: Batch, kl_coefficient: float) -> Estimate:
+        penalties = reward_penalties(batch, kl_coefficient, options)
         remaining = penalties.flip(1).cumsum(1).flip(1)
         advantages = whiten(batch.rewards[:, None] - remaining, batch.token_counts)
         return _estimate(batch, advantages, None, batch.counts)
@@ -109,8 +121,8 @@ def _make_group(options: Options) -> Estimator:
     `advantage_scale` none: Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783. `leave_one_out`: Ahmadian et al. 2024 (RLOO), arXiv:2402.14740.
     """
 
-    def estimate(batch: Batch) -> Estimate:
-        rewards = batch.rewards - reward_penalties(batch, options).sum(1)
+    def estimate(batch: Batch, kl_coefficient: float) -> Estimate:
+        rewards = batch.rewards - reward_penalties(batch, kl_coefficient, options).sum(1)
         groups = [group for group in _groups(batch) if len(group) >= 2]
         counts = torch.zeros_like(batch.counts)
         for group in groups:

@@ -174,6 +174,12 @@ class Batch:
     values: Tensor | None = None
     """[B, T] float32, the value head before the update, from the hidden state that predicts token t."""
 
+    bootstrap_values: Tensor | None = None
+    """[B] float32, recorded with `values`: of the state after the last token. None unless `truncation_bootstrap`.
+
+    It takes the place of the grade where `truncated`; nothing reads the others, for those completions are over.
+    """
+
     @property
     def token_counts(self) -> Tensor:
         """[B, T] bool: the tokens that enter losses and denominators, completion_mask and counts together."""
@@ -201,6 +207,9 @@ class Scores:
 
     values: Tensor | None = None
     """[b, T] float32, new values where the estimator needs them."""
+
+    bootstrap_values: Tensor | None = None
+    """[b] float32, as in `Batch`, with the new values."""
 
 
 @dataclass

@@ -36,6 +36,19 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
+MAX_KL_ERROR = 0.2
+
+
+def next_kl_coefficient(coefficient: float, kl: float, num_completions: int, target: float, horizon: float) -> float:
+    """The coefficient after a step whose `num_completions` are `kl` nats (k1, per completion) from the reference.
+
+    It moves towards `target` by at most 20 % * num_completions / horizon; a horizon shorter than a step counts as one step.
+    Source: Ziegler et al. 2019, arXiv:1909.08593 section 2.2.
+    """
+    error = min(max(kl / target - 1, -MAX_KL_ERROR), MAX_KL_ERROR)
+    return coefficient * (1 + error * min(1.0, num_completions / horizon))
+
+
 def kl_in_reward(options: Options) -> bool:
     return options.needs_reference and options.kl_placement == "reward"
 

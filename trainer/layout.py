@@ -64,6 +64,9 @@ class Layout:
     places: Tensor
     """[N] int64 into b * T: where the token lies in the batch."""
 
+    ends: Tensor
+    """[b] int64 into R * S: the hidden state after each row's last token."""
+
 
 def group_shapes(batch: Batch) -> list[Group]:
     """The groups of `batch` in its order."""
@@ -160,6 +163,7 @@ class _Arrays:
         self.segments = np.full((rows, width), _PAD_SEGMENT, np.int64)
         self._sources: list[NDArray[np.int64]] = []
         self._places: list[NDArray[np.int64]] = []
+        self._ends = np.zeros(len(self._mask), np.int64)
 
     def put_prompt(self, row: int, member: int, length: int) -> None:
         self._ids[row, :length] = self._prompt_ids[member, self._prompt_ids.shape[1] - length :]
@@ -173,11 +177,13 @@ class _Arrays:
         self.segments[row, start:end] = segment
         scored = np.flatnonzero(self._mask[member, :length])
         before = np.where(scored > 0, start + scored - 1, prompt_length - 1)
-        self._sources.append(row * self._ids.shape[1] + before)
+        width = self._ids.shape[1]
+        self._sources.append(row * width + before)
+        self._ends[member] = row * width + (end if length else prompt_length) - 1
         self._places.append(member * self._mask.shape[1] + scored)
 
     def finish(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> Layout:
         places = np.concatenate(self._places)
-        arrays = (self._ids, np.concatenate(self._sources), self._completion_ids.reshape(-1)[places], places)
-        ids, sources, targets, kept = (torch.from_numpy(array).to(self._device) for array in arrays)
-        return Layout(ids, position_ids, attention_mask, sources, targets, kept)
+        arrays = (self._ids, np.concatenate(self._sources), self._completion_ids.reshape(-1)[places], places, self._ends)
+        ids, sources, targets, kept, ends = (torch.from_numpy(array).to(self._device) for array in arrays)
+        return Layout(ids, position_ids, attention_mask, sources, targets, kept, ends)

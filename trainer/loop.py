@@ -33,7 +33,7 @@ def train(run: Run) -> None:
             plan = run.learner.plan(batch, step)
             with run.clock.time("scoring"):
                 batch = run.learner.score(batch, plan)
-            estimate = run.estimator(batch)
+            estimate = run.estimator(batch, run.learner.kl_coefficient)
             with run.clock.time("update"):
                 report = run.learner.update(batch, estimate, plan, step)
         record_step(run, step, collected, batch, estimate, report | {"weight_lag": float(pending.weight_lag)})

@@ -49,7 +49,6 @@ class Objective:
 
     aggregate: Aggregate
     kl: Callable[[Tensor, Tensor], Tensor] | None
-    kl_coefficient: float
     entropy_coefficient: float
     value_clip: float | None
 
@@ -58,16 +57,20 @@ class Objective:
         """Whether the policy loss of a row whose advantages are 0 has no gradient."""
         return self.kl is None and self.entropy_coefficient == 0.0
 
-    def policy_loss(self, scores: Scores, rows: Batch, estimate: Estimate, whole: Denominators, tally: Tally) -> Tensor:
+    def policy_loss(
+        self, scores: Scores, rows: Batch, estimate: Estimate, whole: Denominators, kl_coefficient: float, tally: Tally
+    ) -> Tensor:
         """Surrogate, KL and entropy terms of some rows of a minibatch whose counted tokens are `whole`. -> scalar."""
         mask = rows.completion_mask & estimate.batch_counts[:, None]
-        old = scores.logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
-        ratio = self.log_ratio(scores.logprobs - old, mask).exp()
-        per_token, is_clipped = self.surrogate(ratio, estimate.advantages, scores.logprobs)
+        # Masked before any exp: an overflow in a row that does not count would come back as a NaN in the gradient.
+        logprobs = scores.logprobs.masked_fill(~mask, 0.0)
+        old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+        ratio = self.log_ratio(logprobs - old, mask).exp()
+        per_token, is_clipped = self.surrogate(ratio, estimate.advantages, logprobs)
         per_token = per_token * self.mismatch_weight(old - rows.sampling_logprobs, mask)
         if self.kl is not None:
             assert rows.reference_logprobs is not None, "KL in the loss needs the reference scored"
-            per_token = per_token + self.kl_coefficient * self.kl(scores.logprobs, rows.reference_logprobs)
+            per_token = per_token + kl_coefficient * self.kl(logprobs, rows.reference_logprobs.masked_fill(~mask, 0.0))
         if self.entropy_coefficient:
             per_token = per_token - self.entropy_coefficient * scores.entropy
         _tally_policy(tally, scores, rows, old, ratio, is_clipped, mask)
@@ -103,7 +106,6 @@ def make_objective(options: Options) -> Objective:
         mismatch_weight=_make_mismatch_weight(options, log_ratio),
         aggregate=aggregations[options.loss_aggregation],
         kl=KL_ESTIMATORS[options.kl_estimator] if kl_in_loss(options) else None,
-        kl_coefficient=options.kl_coefficient,
         entropy_coefficient=options.entropy_coefficient,
         value_clip=options.value_clip,
     )
@@ -148,6 +150,8 @@ def _make_clip(options: Options) -> Surrogate:
         if dual is not None:
             loss = torch.where(advantages < 0, loss.minimum(-dual * advantages), loss)
         is_clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
+        if dual is not None:
+            is_clipped |= (advantages < 0) & (ratio > dual)
         return loss, is_clipped
 
     return clip

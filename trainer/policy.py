@@ -24,6 +24,7 @@ from trainer.batch import Batch, Scores, Support
 from trainer.layout import Cost, Layout, group_shapes, is_packing_cheaper, pack, pad, plan_microbatches
 from trainer.logprobs import Head, score_tokens
 from trainer.probes import check_head, describe_head, takes_packed_rows
+from trainer.recomputation import recompute_layers
 from trainer.values import ValueHead, ValueModel
 
 VALUE_WEIGHTS = "value.safetensors"
@@ -53,6 +54,8 @@ class Policy:
         check_head(model, self._head_shape)
         self._packs = takes_packed_rows(model)
         self._cost = _cost(model)
+        if options.gradient_checkpointing:
+            recompute_layers(model)
         self._reference: Any = None
         self._adapted: PeftModel | None = None
         if options.finetuning == "lora":
@@ -112,21 +115,17 @@ class Policy:
         layout = self._layout(batch)
         hidden = self._hidden(self.model, layout)
         logprobs, entropies = self._score_layout(hidden, self.head(), layout, batch.support, temperature)
-        values = None
+        scores = Scores(_spread(logprobs, layout, batch), _spread(entropies, layout, batch))
         if with_values:
-            if self._value_model is None:
-                raise TrainingError("values were asked for, but the options have no value model")
             seen = hidden.detach() if self.options.value_gradient == "head_only" else hidden
-            values = _spread(self._value_model.values(layout, seen), layout, batch)
-        return Scores(_spread(logprobs, layout, batch), _spread(entropies, layout, batch), values)
+            scores.values, scores.bootstrap_values = self._values(seen, layout, batch)
+        return scores
 
-    def values(self, batch: Batch) -> Tensor:
-        """[b, T] float32 of the value model alone: no token is scored, and a separate model spares the policy's pass."""
-        if self._value_model is None:
-            raise TrainingError("values were asked for, but the options have no value model")
+    def values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The two values of `Scores` alone: no token is scored, and a separate value model spares the policy's pass."""
         layout = self._layout(batch)
-        hidden = None if self._value_model.is_separate else self._hidden(self.model, layout)
-        return _spread(self._value_model.values(layout, hidden), layout, batch)
+        hidden = None if self.values_are_separate else self._hidden(self.model, layout)
+        return self._values(hidden, layout, batch)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch, temperature: float) -> Tensor:
@@ -197,6 +196,12 @@ class Policy:
             raise TrainingError("the value adapter needs an adapted model")
         with only_adapter(self._adapted, VALUE):
             return self._hidden(self.model, layout)
+
+    def _values(self, policy_hidden: Tensor | None, layout: Layout, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if self._value_model is None:
+            raise TrainingError("values were asked for, but the options have no value model")
+        values, end_values = self._value_model.values(layout, policy_hidden)
+        return _spread(values, layout, batch), end_values if self.options.truncation_bootstrap else None
 
     def _layout(self, batch: Batch) -> Layout:
         groups = group_shapes(batch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.errors import Diverged
 from core.options import Options
 from trainer.batch import Batch, Estimate, Scores
-from trainer.kl import k3, kl_in_reward
+from trainer.kl import k1, k3, kl_in_reward, next_kl_coefficient
 from trainer.objectives import Denominators, make_objective
 from trainer.policy import Policy
 from trainer.random import Purpose, permutation
@@ -44,6 +44,8 @@ class Learner:
         self._on_progress = on_progress
         self._objective = make_objective(options)
         self._optimizers = _make_optimizers(policy, options)
+        self.kl_coefficient = options.kl_coefficient
+        """Of the next step: `update` moves it where the options have a `kl_target`."""
 
     def plan(self, batch: Batch, step: int) -> Plan:
         """The minibatches of step `step`: in each pass all groups, shuffled by the counter generator and dealt out evenly."""
@@ -64,35 +66,42 @@ class Learner:
         microbatches of the first pass of the update, so that the first ratio is exactly 1.
         """
         first_pass = self._first_pass(plan)
-        if batch.old_logprobs is None and (len(plan) > 1 or kl_in_reward(self.options)):
-            parts = [self._score(batch.select(rows)) for rows in first_pass]
-            values = [part.values for part in parts if part.values is not None]
-            batch = replace(batch, old_logprobs=_gather(batch, first_pass, [part.logprobs for part in parts]))
-        else:
-            values = [self.policy.values(batch.select(rows)) for rows in first_pass if self.options.needs_values]
-        if values:
-            batch = replace(batch, values=_gather(batch, first_pass, values))
-        if self.options.needs_reference:
-            reference = [self._reference(batch.select(rows)) for rows in first_pass]
-            batch = replace(batch, reference_logprobs=_gather(batch, first_pass, reference))
-        return batch
+        needs_old = batch.old_logprobs is None and (len(plan) > 1 or kl_in_reward(self.options))
+        parts = [self._record(batch.select(rows), needs_old) for rows in first_pass]
+        found: dict[str, Any] = {name: _gather(first_pass, [part[name] for part in parts]) for name in parts[0]}
+        return replace(batch, **found)
 
     @torch.no_grad()
     def score_old(self, batch: Batch, plan: Plan) -> Tensor:
         """[B, T] old log-probs of rollouts that will be learned from after another update: scored by the weights that sampled them."""
         first_pass = self._first_pass(plan)
         parts = [self.policy.score(batch.select(rows), self.options.temperature).logprobs for rows in first_pass]
-        return _gather(batch, first_pass, parts)
+        return _gather(first_pass, parts)
+
+    def _record(self, rows: Batch, needs_old: bool) -> dict[str, Tensor]:
+        """What `score` adds to one microbatch, by its name in `Batch`."""
+        found: dict[str, Tensor | None] = {}
+        if needs_old:
+            scores = self._score(rows)
+            found = {"old_logprobs": scores.logprobs, "values": scores.values, "bootstrap_values": scores.bootstrap_values}
+        elif self.options.needs_values:
+            found["values"], found["bootstrap_values"] = self.policy.values(rows)
+        if self.options.needs_reference:
+            found["reference_logprobs"] = self.policy.reference_logprobs(rows, self.options.temperature)
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _first_pass(self, plan: Plan) -> list[Tensor]:
         return [rows for minibatch in plan[: len(plan) // self.options.epochs_per_batch] for rows in minibatch]
 
     def state(self) -> dict[str, Any]:
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        """All that changes from step to step beside the weights."""
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        return {"optimizers": optimizers, "kl_coefficient": self.kl_coefficient}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state[name])
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.kl_coefficient = state["kl_coefficient"]
 
     def update(self, batch: Batch, estimate: Estimate, plan: Plan, step: int) -> dict[str, float]:
         """Optimizer steps over `plan`; -> the step's training metrics. Raises: Diverged on a loss or gradient that is not finite."""
@@ -104,9 +113,10 @@ class Learner:
         done = [self._update_minibatch(now, minibatch) for minibatch in plan]
         self._tally_kl_old(now)
         report = now.tally.results() | {"skipped_optimizer_steps": float(done.count(False))}
-        report |= {"learning_rate": self._optimizers["policy"].param_groups[0]["lr"], "kl_coefficient": self.options.kl_coefficient}
+        report |= {"learning_rate": self._optimizers["policy"].param_groups[0]["lr"], "kl_coefficient": self.kl_coefficient}
         if estimate.returns is not None:
             report["explained_variance"] = explained_variance(batch, estimate)
+        self._adapt_kl_coefficient(now)
         return report
 
     def _update_minibatch(self, now: "_Step", plan: list[Tensor]) -> bool:
@@ -146,7 +156,7 @@ class Learner:
         with torch.set_grad_enabled(not part.is_silent):
             scores = self._score(batch)
             losses = {}
-            policy_loss = self._objective.policy_loss(scores, batch, estimate, whole, now.tally)
+            policy_loss = self._objective.policy_loss(scores, batch, estimate, whole, self.kl_coefficient, now.tally)
             if now.train_policy:
                 losses["policy_loss"] = policy_loss
             if estimate.returns is not None:
@@ -180,12 +190,21 @@ class Learner:
     @torch.no_grad()
     def _tally_kl_old(self, now: "_Step") -> None:
         """k3 of the sampling weights against the updated ones, on the first eighth of the groups: a whole pass would cost too much."""
-        old = now.seen if now.batch.old_logprobs is None else now.batch.old_logprobs
         last_group = (int(now.batch.groups.max()) + 8) // 8
         rows = (now.batch.groups < last_group).nonzero()[:, 0]
         for part in self.policy.plan(now.batch, rows, self.options.microbatch_tokens):
             new = self.policy.score(now.batch.select(part), self.options.temperature).logprobs
-            now.tally.add_tokens("kl_old", k3(old[part], new), now.mask[part])
+            now.tally.add_tokens("kl_old", k3(now.old_logprobs[part], new), now.mask[part])
+
+    def _adapt_kl_coefficient(self, now: "_Step") -> None:
+        """Once after each step, from how far the weights that sampled it were from the reference."""
+        sequences = Denominators.of(now.mask).sequences
+        if self.options.kl_target is None or sequences == 0:
+            return
+        assert now.batch.reference_logprobs is not None, "an adaptive coefficient needs the reference scored"
+        divergence = k1(now.old_logprobs.double(), now.batch.reference_logprobs.double()).masked_fill(~now.mask, 0.0)
+        kl, completions = float(divergence.sum()) / sequences, len(now.batch.groups)
+        self.kl_coefficient = next_kl_coefficient(self.kl_coefficient, kl, completions, self.options.kl_target, self.options.kl_horizon)
 
     def _checked(self, norm: Tensor, now: "_Step") -> float:
         value = float(norm)
@@ -195,9 +214,6 @@ class Learner:
 
     def _score(self, rows: Batch) -> Scores:
         return self.policy.score(rows, self.options.temperature, with_values=self.options.needs_values)
-
-    def _reference(self, rows: Batch) -> Tensor:
-        return self.policy.reference_logprobs(rows, self.options.temperature)
 
 
 @dataclass
@@ -216,6 +232,11 @@ class _Step:
         self.mask = self.batch.completion_mask & self.estimate.batch_counts[:, None]
         self.seen = torch.zeros_like(self.batch.sampling_logprobs)
         """[B, T] log-probs of the last pass: with a single pass those of the weights that sampled."""
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[B, T] of the weights that sampled; right once every minibatch is done."""
+        return self.seen if self.batch.old_logprobs is None else self.batch.old_logprobs
 
 
 @dataclass(frozen=True)
@@ -251,9 +272,9 @@ def _adamw(groups: list[dict[str, Any]], options: Options) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=groups[0]["base_rate"], betas=BETAS, weight_decay=options.weight_decay, fused=True)
 
 
-def _gather(batch: Batch, plan: list[Tensor], parts: list[Tensor]) -> Tensor:
-    """The parts [b, T] of the microbatches in the rows' own order. -> [B, T]."""
-    whole = torch.zeros_like(batch.sampling_logprobs, dtype=parts[0].dtype)
+def _gather(plan: list[Tensor], parts: list[Tensor]) -> Tensor:
+    """The parts [b, ...] of the microbatches of all rows in the rows' own order. -> [B, ...]."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
     for rows, part in zip(plan, parts, strict=True):
         whole[rows] = part
     return whole

@@ -35,15 +35,14 @@ class ValueModel:
     def is_separate(self) -> bool:
         return self._run_backbone is not None
 
-    def values(self, layout: Layout, policy_hidden: Tensor | None) -> Tensor:
-        """[R * S, H] of the policy, already detached where its backbone must not learn from values -> [N].
+    def values(self, layout: Layout, policy_hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[R * S, H] of the policy, already detached where its backbone must not learn from values -> [N], and at the rows' ends [b].
 
         A separate model looks at the layout alone.
         """
         hidden = policy_hidden if self._run_backbone is None else self._run_backbone(layout)
         assert hidden is not None, "a head on the policy's backbone needs its hidden states"
-        values: Tensor = self._head(hidden.index_select(0, layout.sources))
-        return values
+        return self._head(hidden.index_select(0, layout.sources)), self._head(hidden.index_select(0, layout.ends))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The head's and, where it is separate, its backbone's."""

@@ -53,9 +53,9 @@ def permuting(options: Options) -> Estimator:
     estimator = make_estimator(options)
     generator = torch.Generator().manual_seed(0)
 
-    def estimate(batch: Batch) -> Estimate:
+    def estimate(batch: Batch, kl_coefficient: float) -> Estimate:
         order = torch.randperm(len(batch.rewards), generator=generator)
-        return estimator(replace(batch, rewards=batch.rewards[order]))
+        return estimator(replace(batch, rewards=batch.rewards[order]), kl_coefficient)
 
     return estimate
 

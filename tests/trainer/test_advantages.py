@@ -13,7 +13,7 @@ GAE = {"advantage_estimator": "gae", "value_model": "separate", "kl_coefficient"
 
 def group_advantages(rewards: list[float], group_size: int, counts: list[bool] | None = None, **options: object) -> list[float]:
     batch = make_batch(rewards, [[1]] * len(rewards), [i // group_size for i in range(len(rewards))], counts=counts)
-    return make_estimator(Options(kl_coefficient=0.0, **options))(batch).advantages[:, 0].tolist()
+    return make_estimator(Options(kl_coefficient=0.0, **options))(batch, 0.0).advantages[:, 0].tolist()
 
 
 def test_gae_equals_a_table_computed_by_hand() -> None:
@@ -22,7 +22,7 @@ def test_gae_equals_a_table_computed_by_hand() -> None:
     # A_2 = 1; A_1 = 0.8 + 0.45*1 = 1.25; A_0 = 0.4 + 0.45*1.25 = 0.9625
     batch = make_batch([3.0], [[1, 1, 1]], [0], values=torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64))
     options = Options(**GAE, gamma=0.9, gae_lambda=0.5, value_gae_lambda=0.5, whiten_advantages=False)
-    estimate = make_estimator(options)(batch)
+    estimate = make_estimator(options)(batch, options.kl_coefficient)
     assert estimate.advantages[0].tolist() == pytest.approx([0.9625, 1.25, 1.0])
     assert estimate.returns is not None
     assert estimate.returns[0].tolist() == pytest.approx([1.4625, 2.25, 3.0])
@@ -33,11 +33,12 @@ def test_gae_equals_the_sum_of_discounted_deltas_over_the_counted_tokens_only() 
     masks = random_masks(6, 7, generator)
     values = torch.randn(6, 7, generator=generator, dtype=torch.float64)
     rewards = torch.randn(6, 7, generator=generator, dtype=torch.float64)
+    ends = torch.randn(6, generator=generator, dtype=torch.float64)
     gamma, lambda_ = 0.97, 0.9
-    found = generalized_advantages(rewards, values, torch.tensor(masks, dtype=torch.bool), gamma, lambda_)
+    found = generalized_advantages(rewards, values, ends, torch.tensor(masks, dtype=torch.bool), gamma, lambda_)
     for row, mask in enumerate(masks):
         places = [t for t, counted in enumerate(mask) if counted]
-        v = [float(values[row, t]) for t in places] + [0.0]
+        v = [float(values[row, t]) for t in places] + [float(ends[row])]
         deltas = [float(rewards[row, t]) + gamma * v[i + 1] - v[i] for i, t in enumerate(places)]
         for i, t in enumerate(places):
             expected = sum((gamma * lambda_) ** (j - i) * deltas[j] for j in range(i, len(places)))
@@ -48,7 +49,7 @@ def test_gae_equals_the_sum_of_discounted_deltas_over_the_counted_tokens_only() 
 def test_gae_with_lambda_one_is_the_discounted_return_minus_the_value() -> None:
     values = torch.tensor([[0.3, -0.2, 0.9, 0.1]], dtype=torch.float64)
     batch = make_batch([2.0], [[1, 1, 1, 1]], [0], values=values)
-    estimate = make_estimator(Options(**GAE, gamma=0.5, whiten_advantages=False))(batch)
+    estimate = make_estimator(Options(**GAE, gamma=0.5, whiten_advantages=False))(batch, 0.0)
     assert estimate.advantages[0].tolist() == pytest.approx([0.25 - 0.3, 0.5 + 0.2, 1.0 - 0.9, 2.0 - 0.1])
 
 
@@ -57,7 +58,7 @@ def test_values_where_the_mask_is_0_change_nothing(junk: float) -> None:
     clean = torch.tensor([[0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     dirty = torch.tensor([[0.0, 0.0, junk, junk]], dtype=torch.float64)
     estimator = make_estimator(Options(**GAE, gae_lambda=0.95, value_gae_lambda=0.95, whiten_advantages=False))
-    first, second = (estimator(make_batch([1.0], [[1, 1, 0, 0]], [0], values=values)) for values in (clean, dirty))
+    first, second = (estimator(make_batch([1.0], [[1, 1, 0, 0]], [0], values=values), 0.0) for values in (clean, dirty))
     assert torch.equal(first.advantages, second.advantages)
     assert first.returns is not None
     assert second.returns is not None
@@ -73,14 +74,17 @@ def test_a_hole_costs_no_discount() -> None:
     options = Options(**GAE, gamma=0.9, whiten_advantages=False)
     with_hole = make_batch([1.0], [[1, 0, 0, 1]], [0], values=torch.zeros(1, 4, dtype=torch.float64))
     without = make_batch([1.0], [[1, 1]], [0], values=torch.zeros(1, 2, dtype=torch.float64))
-    assert make_estimator(options)(with_hole).advantages[0, [0, 3]].tolist() == make_estimator(options)(without).advantages[0].tolist()
+    assert (
+        make_estimator(options)(with_hole, 0.0).advantages[0, [0, 3]].tolist()
+        == make_estimator(options)(without, 0.0).advantages[0].tolist()
+    )
 
 
 def test_two_lambdas_serve_advantages_and_returns_apart() -> None:
     values = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.float64)
     batch = make_batch([3.0], [[1, 1, 1]], [0], values=values)
     options = Options(**GAE, gamma=0.9, gae_lambda=0.5, value_gae_lambda=1.0, whiten_advantages=False)
-    estimate = make_estimator(options)(batch)
+    estimate = make_estimator(options)(batch, options.kl_coefficient)
     assert estimate.advantages[0].tolist() == pytest.approx([0.9625, 1.25, 1.0])
     assert estimate.returns is not None
     assert estimate.returns[0].tolist() == pytest.approx([0.81 * 3, 0.9 * 3, 3.0])
@@ -154,7 +158,7 @@ def test_a_row_that_does_not_count_changes_nothing_for_its_siblings() -> None:
 
 def test_a_group_with_one_grade_is_left_out_whole_and_counted() -> None:
     batch = make_batch([1.0, 0.0, 0.0, 1.0], [[1]] * 4, [0, 0, 1, 1], counts=[True, False, True, True])
-    estimate = make_estimator(Options(kl_coefficient=0.0))(batch)
+    estimate = make_estimator(Options(kl_coefficient=0.0))(batch, 0.0)
     assert estimate.batch_counts.tolist() == [False, False, True, True]
     assert estimate.advantages[0].item() == 0.0
     assert estimate.statistics["underfilled_group_fraction"] == 0.5
@@ -163,7 +167,7 @@ def test_a_group_with_one_grade_is_left_out_whole_and_counted() -> None:
 
 def test_a_wholly_degenerate_batch_has_no_nan_and_says_so() -> None:
     batch = make_batch([1.0, 1.0], [[1], [1]], [0, 0])
-    estimate = make_estimator(Options(kl_coefficient=0.0))(batch)
+    estimate = make_estimator(Options(kl_coefficient=0.0))(batch, 0.0)
     assert estimate.advantages.tolist() == [[0.0], [0.0]]
     assert estimate.statistics["zero_variance_group_fraction"] == 1.0
 
@@ -172,7 +176,7 @@ def test_a_wholly_degenerate_batch_has_no_nan_and_says_so() -> None:
 def test_a_batch_without_a_single_grade_yields_zeros(name: str) -> None:
     options = Options(advantage_estimator=name, value_model="separate" if name == "gae" else None, kl_coefficient=0.0)
     batch = make_batch([0.0, 0.0], [[1], [1]], [0, 0], counts=[False, False], values=torch.zeros(2, 1, dtype=torch.float64))
-    estimate = make_estimator(options)(batch)
+    estimate = make_estimator(options)(batch, options.kl_coefficient)
     assert not estimate.advantages.any()
     assert not estimate.batch_counts.any()
 
@@ -197,7 +201,7 @@ def test_kl_in_the_reward_is_taken_off_each_token_by_gae() -> None:
     values = torch.zeros(2, 3, dtype=torch.float64)
     batch = make_batch([1.0, 2.0], [[1, 1, 1], [1, 1, 0]], [0, 1], values=values, old=KL_ROWS, reference=REFERENCE_ROWS)
     penalty = [[0.05, 0.025, -0.05], [-0.1, 0.05]]
-    found = make_estimator(options)(batch).advantages
+    found = make_estimator(options)(batch, options.kl_coefficient).advantages
     assert found[0].tolist() == pytest.approx([1 - sum(penalty[0]), 1 - sum(penalty[0][1:]), 1 - penalty[0][2]])
     assert found[1].tolist() == pytest.approx([2 - sum(penalty[1]), 2 - penalty[1][1], 0.0])
 
@@ -207,7 +211,7 @@ def test_kl_in_the_reward_is_summed_per_completion_by_the_group_estimator() -> N
     batch = make_batch([1.0, 2.0], [[1, 1, 1], [1, 1, 0]], [0, 0], old=KL_ROWS, reference=REFERENCE_ROWS)
     rewards = [1 - 0.1 * (0.5 + 0.25 - 0.5), 2 - 0.1 * (-1.0 + 0.5)]
     mean = statistics.fmean(rewards)
-    assert make_estimator(options)(batch).advantages[:, 0].tolist() == pytest.approx([r - mean for r in rewards])
+    assert make_estimator(options)(batch, options.kl_coefficient).advantages[:, 0].tolist() == pytest.approx([r - mean for r in rewards])
 
 
 def test_kl_in_the_reward_of_the_batch_estimator_is_what_is_still_to_come() -> None:
@@ -215,7 +219,7 @@ def test_kl_in_the_reward_of_the_batch_estimator_is_what_is_still_to_come() -> N
     batch = make_batch([1.0, 2.0], [[1, 1, 1], [1, 1, 0]], [0, 1], old=KL_ROWS, reference=REFERENCE_ROWS)
     raw = [1 - 0.025, 1 + 0.025, 1 + 0.05, 2 + 0.05, 2 - 0.05]
     mean, deviation = statistics.fmean(raw), statistics.pstdev(raw)
-    found = make_estimator(options)(batch).advantages
+    found = make_estimator(options)(batch, options.kl_coefficient).advantages
     expected = [(value - mean) / deviation for value in raw]
     assert [*found[0].tolist(), *found[1, :2].tolist()] == pytest.approx(expected, rel=1e-5)
     assert found[1, 2] == 0.0

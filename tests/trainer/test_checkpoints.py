@@ -32,9 +32,9 @@ from trainer.checkpoints import Progress, ResumePoint, find_resume_point, save_c
 
 CASES = [
     ("grpo", {"kl_coefficient": 0.05, "minibatches_per_batch": 2, "epochs_per_batch": 2, "microbatch_tokens": 64}),
-    ("grpo", {"finetuning": "lora", "lora_rank": 4, "kl_coefficient": 0.05, "learning_rate": 1e-2}),
+    ("grpo", {"finetuning": "lora", "lora_rank": 4, "kl_coefficient": 0.05, "learning_rate": 1e-2, "kl_target": 0.1, "kl_horizon": 50}),
     ("ppo", {"kl_coefficient": 0.01, "group_size": 2, "epochs_per_batch": 2, "lr_schedule": "cosine", "warmup_steps": 2}),
-    ("ppo", {"value_model": "shared_backbone", "group_size": 2, "value_warmup_steps": 1}),
+    ("ppo", {"value_model": "shared_backbone", "group_size": 2, "value_warmup_steps": 1, "truncation_bootstrap": True}),
 ]
 
 

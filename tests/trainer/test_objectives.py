@@ -42,7 +42,7 @@ def loss_of(
     chosen = torch.arange(ROWS) if rows is None else rows
     tally = Tally() if tally is None else tally
     scores = Scores(leaf[chosen], entropy[chosen])
-    loss = make_objective(options).policy_loss(scores, batch.select(chosen), estimate.select(chosen), whole, tally)
+    loss = make_objective(options).policy_loss(scores, batch.select(chosen), estimate.select(chosen), whole, options.kl_coefficient, tally)
     return loss, leaf, tally
 
 
@@ -146,7 +146,7 @@ def test_zeroing_advantages_does_not_change_the_denominator() -> None:
     for advantages in ([[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]):
         estimate = Estimate(torch.tensor(advantages, dtype=torch.float64), None, batch.counts)
         scores = Scores(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64))
-        losses.append(objective.policy_loss(scores, batch, estimate, Denominators.of(batch.token_counts), Tally()).item())
+        losses.append(objective.policy_loss(scores, batch, estimate, Denominators.of(batch.token_counts), 0.0, Tally()).item())
     assert losses == [-1.0, -0.5]
 
 
@@ -156,7 +156,7 @@ def test_without_recorded_old_logprobs_the_ratio_is_1_and_the_gradient_is_that_o
     estimate = Estimate(torch.tensor([[2.0, -3.0]], dtype=torch.float64), None, batch.counts)
     tally = Tally()
     objective = make_objective(Options(**BASE, loss_aggregation="token_mean"))
-    objective.policy_loss(Scores(leaf, torch.zeros_like(leaf)), batch, estimate, Denominators.of(batch.token_counts), tally).backward()
+    objective.policy_loss(Scores(leaf, torch.zeros_like(leaf)), batch, estimate, Denominators.of(batch.token_counts), 0.0, tally).backward()
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [[-1.0, 1.5]]
     assert tally.results()["ratio_max"] == 1.0
@@ -171,7 +171,7 @@ def test_sequence_ratio_is_a_mean_and_so_does_not_depend_on_length(length: int) 
     leaf = (old + 0.01).requires_grad_()
     estimate = Estimate(torch.ones_like(old), None, batch.counts)
     tally = Tally()
-    loss = make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators.of(batch.token_counts), tally)
+    loss = make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators.of(batch.token_counts), 0.0, tally)
     assert loss.item() == pytest.approx(-math.exp(0.01))
     loss.backward()
     assert leaf.grad is not None
@@ -184,7 +184,7 @@ def weights_seen(options: Options, difference: list[list[float]]) -> list[float]
     batch = make_batch([0.0] * len(old), [[1] * old.shape[1]] * len(old), [0] * len(old), sampling=-torch.tensor(difference).double())
     leaf = old.clone().requires_grad_()
     estimate = Estimate(torch.ones_like(old), None, batch.counts)
-    loss = make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators.of(batch.token_counts), Tally())
+    loss = make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators.of(batch.token_counts), 0.0, Tally())
     loss.backward()
     assert leaf.grad is not None
     return (-leaf.grad * leaf.numel()).flatten().tolist()
@@ -213,7 +213,7 @@ def test_mismatch_weight_leaves_the_kl_term_alone() -> None:
         batch = make_batch([0.0], [[1]], [0], reference=old + 2.0, sampling=old + sampling)
         estimate = Estimate(torch.zeros_like(old), None, batch.counts)
         scores = Scores(old, old)
-        losses.append(make_objective(options).policy_loss(scores, batch, estimate, Denominators(1, 1), Tally()).item())
+        losses.append(make_objective(options).policy_loss(scores, batch, estimate, Denominators(1, 1), 1.0, Tally()).item())
     assert losses == [2.0, 2.0]
 
 
@@ -225,7 +225,7 @@ def test_cispo_weighs_the_log_prob_by_a_constant_and_never_cuts_a_gradient() -> 
         surrogate="cispo", clip_low=1.0, clip_high=0.5, kl_coefficient=0.0, loss_aggregation="token_mean", mismatch_correction="none"
     )
     estimate = Estimate(torch.tensor([[1.0, 1.0]], dtype=torch.float64), None, batch.counts)
-    make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators(2, 1), Tally()).backward()
+    make_objective(options).policy_loss(Scores(leaf, old), batch, estimate, Denominators(2, 1), 0.0, Tally()).backward()
     assert leaf.grad is not None
     assert leaf.grad[0].tolist() == pytest.approx([-1.5 / 2, -math.exp(0.1) / 2])
 

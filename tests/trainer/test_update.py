@@ -9,6 +9,7 @@ from torch import Tensor
 from core.errors import Diverged
 from core.options import Options
 from core.presets import resolve_options
+from tests.trainer.batches import dense_logprobs
 from trainer.advantages import make_estimator
 from trainer.batch import Batch, Estimate, Scores
 from trainer.policy import Policy
@@ -54,7 +55,7 @@ def make_rollouts(rewards: list[float] | None = None, seed: int = 0) -> Batch:
 def run_step(learner: Learner, batch: Batch, step: int = 1) -> dict[str, float]:
     plan = learner.plan(batch, step)
     scored = learner.score(batch, plan)
-    return learner.update(scored, make_estimator(learner.options)(scored), plan, step)
+    return learner.update(scored, make_estimator(learner.options)(scored, learner.kl_coefficient), plan, step)
 
 
 def state(learner: Learner) -> dict[str, Tensor]:
@@ -213,7 +214,7 @@ def test_a_loss_that_is_not_finite_is_divergence_and_leaves_the_weights_alone(ti
     learner = make_learner(tiny, kl_coefficient=0.0)
     batch = make_rollouts()
     plan = learner.plan(batch, 1)
-    estimate = make_estimator(learner.options)(batch)
+    estimate = make_estimator(learner.options)(batch, learner.kl_coefficient)
     broken = Estimate(estimate.advantages.index_fill(0, torch.tensor([3]), bad), None, estimate.batch_counts)
     before = state(learner)
     with pytest.raises(Diverged, match="step 1"):
@@ -314,3 +315,75 @@ def test_groups_without_variance_cost_no_backward_pass_and_change_no_number(tiny
     assert reports[0] == pytest.approx(reports[1], rel=1e-4, abs=1e-6)
     for name, tensor in expected.policy.trainable_state().items():
         torch.testing.assert_close(learner.policy.trainable_state()[name], tensor, rtol=0, atol=1e-5)
+
+
+def moved_learner(tiny: Path, **given: Any) -> Learner:
+    """A learner whose weights have left those of the reference."""
+    learner = make_learner(tiny, **given)
+    with torch.no_grad():
+        for index, parameter in enumerate([*learner.policy.policy_parameters(), *learner.policy.value_parameters()]):
+            parameter.add_(0.01 * torch.sin(torch.arange(parameter.numel()) + index).view(parameter.shape))
+    return learner
+
+
+@pytest.mark.parametrize("given", [{}, {"epochs_per_batch": 2, "minibatches_per_batch": 2}])
+def test_the_kl_coefficient_moves_once_a_step_by_k1_per_counted_completion(tiny: Path, given: dict[str, Any]) -> None:
+    learner = moved_learner(tiny, kl_coefficient=0.1, kl_target=0.7, kl_horizon=80, microbatch_tokens=16, **given)
+    batch = make_rollouts()
+    batch.counts[3] = False  # leaves its group underfilled: two of eight rows count for nothing
+    batch.completion_mask[4, 0] = False
+    with torch.no_grad():
+        difference = dense_logprobs(learner.policy.model, batch) - dense_logprobs(learner.policy._reference, batch)
+    per_completion = [float(difference[row].sum()) for row in (0, 1, 4, 5, 6, 7)]
+    error = max(-0.2, min(0.2, sum(per_completion) / 6 / 0.7 - 1))
+    report = run_step(learner, batch)
+    assert -0.2 < error < 0.2
+    assert report["kl_coefficient"] == 0.1
+    assert learner.kl_coefficient == pytest.approx(0.1 * (1 + error * 8 / 80), rel=1e-6)
+
+
+def test_a_fixed_kl_coefficient_and_a_step_without_counted_completions_leave_it_alone(tiny: Path) -> None:
+    batch = make_rollouts()
+    fixed, adaptive = moved_learner(tiny, kl_coefficient=0.1), moved_learner(tiny, kl_coefficient=0.1, kl_target=2.0)
+    run_step(fixed, batch)
+    batch.counts[:] = False
+    run_step(adaptive, batch)
+    assert fixed.kl_coefficient == adaptive.kl_coefficient == 0.1
+
+
+def test_the_current_kl_coefficient_weighs_the_kl_in_the_loss_and_survives_a_resume(tiny: Path) -> None:
+    """Without variance in the grades KL is all there is: the loss is the coefficient times the mean of k3."""
+    learner = moved_learner(tiny, kl_coefficient=0.1, kl_target=2.0, loss_aggregation="token_mean")
+    learner.load_state(learner.state() | {"kl_coefficient": 0.7})
+    report = run_step(learner, make_rollouts([0.5] * 8))
+    assert report["kl_reference"] > 0.01
+    assert report["loss"] == pytest.approx(0.7 * report["kl_reference"], rel=1e-6)
+    assert report["kl_coefficient"] == 0.7
+    restored = make_learner(tiny, kl_coefficient=0.1, kl_target=2.0)
+    restored.load_state(learner.state())
+    assert restored.kl_coefficient == learner.kl_coefficient != 0.7
+
+
+@pytest.mark.parametrize("given", [SEPARATE, {**SHARED, "kl_coefficient": 0.1}])
+def test_bootstrap_values_are_recorded_in_the_rows_own_order_and_only_where_the_option_asks(tiny: Path, given: dict[str, Any]) -> None:
+    """Both with the old log-probs (KL in the reward) and without them."""
+    batch = make_rollouts()
+    learner = moved_learner(tiny, truncation_bootstrap=True, microbatch_tokens=16, **given)
+    found = learner.score(batch, learner.plan(batch, 1))
+    values, bootstrap_values = learner.policy.values(batch)
+    assert bootstrap_values is not None
+    assert len(bootstrap_values.unique()) == GROUPS * GROUP_SIZE
+    torch.testing.assert_close(found.bootstrap_values, bootstrap_values.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.values, values.detach(), rtol=0, atol=1e-5)
+    assert make_learner(tiny, **given).score(batch, learner.plan(batch, 1)).bootstrap_values is None
+
+
+@pytest.mark.parametrize("given", [SEPARATE, SHARED])
+def test_ppo_metrics_do_not_depend_on_the_split_into_microbatches(tiny: Path, given: dict[str, Any]) -> None:
+    batch = make_rollouts()
+    batch.counts[2] = False
+    shape = {**given, "kl_coefficient": 0.1, "epochs_per_batch": 2, "minibatches_per_batch": 2, "learning_rate": 1e-2}
+    whole, split = (run_step(moved_learner(tiny, microbatch_tokens=tokens, **shape), batch) for tokens in (4096, 16))
+    assert whole.keys() >= {"explained_variance", "value_grad_norm", "value_loss", "kl_reference", "clip_fraction", "kl_old"}
+    assert whole["clip_fraction"] > 0
+    assert whole == pytest.approx(split, rel=1e-3, abs=1e-5)
