@@ -7,6 +7,7 @@ import torch
 from core.options import Options
 from tests.trainer.handmade import make_batch, random_masks
 from trainer.advantages import generalized_advantages, make_estimator, terminal_rewards, whiten
+from trainer.batch import Batch
 
 GAE = {"advantage_estimator": "gae", "value_model": "separate", "kl_coefficient": 0.0}
 
@@ -223,3 +224,52 @@ def test_kl_in_the_reward_of_the_batch_estimator_is_what_is_still_to_come() -> N
     expected = [(value - mean) / deviation for value in raw]
     assert [*found[0].tolist(), *found[1, :2].tolist()] == pytest.approx(expected, rel=1e-5)
     assert found[1, 2] == 0.0
+
+
+BOOTSTRAP = {**GAE, "truncation_bootstrap": True, "gamma": 0.9, "gae_lambda": 0.5, "value_gae_lambda": 0.5, "whiten_advantages": False}
+
+
+def cut_batch(grade: float, bootstrap: list[float] | None) -> Batch:
+    """Two rows alike, of which the first was cut."""
+    values = torch.tensor([[0.5, 1.0, 2.0]] * 2, dtype=torch.float64)
+    batch = make_batch([grade, 3.0], [[1, 1, 1]] * 2, [0, 1], values=values)
+    batch.truncated[0] = True
+    batch.bootstrap_values = None if bootstrap is None else torch.tensor(bootstrap, dtype=torch.float64)
+    return batch
+
+
+@pytest.mark.parametrize("grade", [3.0, -50.0])
+def test_a_cut_completion_ends_with_its_value_in_place_of_its_grade(grade: float) -> None:
+    # delta_2 = 0 + 0.9*4 - 2 = 1.6; A_1 = 0.8 + 0.45*1.6 = 1.52; A_0 = 0.4 + 0.45*1.52 = 1.084. The other row as without the option.
+    estimate = make_estimator(Options(**BOOTSTRAP))(cut_batch(grade, [4.0, 77.0]), 0.0)
+    assert estimate.advantages[0].tolist() == pytest.approx([1.084, 1.52, 1.6])
+    assert estimate.advantages[1].tolist() == pytest.approx([0.9625, 1.25, 1.0])
+    assert estimate.returns is not None
+    assert estimate.returns[0].tolist() == pytest.approx([1.584, 2.52, 3.6])
+
+
+def test_without_the_option_a_cut_completion_is_over_and_has_its_grade() -> None:
+    estimate = make_estimator(Options(**{**BOOTSTRAP, "truncation_bootstrap": False}))(cut_batch(3.0, None), 0.0)
+    assert estimate.advantages[0].tolist() == estimate.advantages[1].tolist() == pytest.approx([0.9625, 1.25, 1.0])
+
+
+def test_kl_in_the_reward_of_a_cut_completion_stays_beside_its_value() -> None:
+    options = Options(**{**BOOTSTRAP, "kl_coefficient": 0.1, "kl_estimator": "k1", "kl_placement": "reward", "gamma": 1.0})
+    batch = cut_batch(3.0, [4.0, 0.0])
+    batch.old_logprobs, batch.reference_logprobs = KL_ROWS.clone(), KL_ROWS - 2.0
+    assert make_estimator(options)(batch, 0.1).advantages[0, 2].item() == pytest.approx(4.0 - 2.0 - 0.1 * 2.0)
+
+
+@pytest.mark.parametrize("name", ["gae", "group", "batch"])
+def test_kl_in_the_reward_has_the_current_coefficient_and_not_the_first_one(name: str) -> None:
+    given = {
+        "advantage_estimator": name,
+        "kl_estimator": "k1",
+        "kl_placement": "reward",
+        "value_model": "separate" if name == "gae" else None,
+    }
+    values = torch.zeros(2, 3, dtype=torch.float64)
+    batch = make_batch([1.0, 2.0], [[1, 1, 1], [1, 1, 0]], [0, 0], values=values, old=KL_ROWS, reference=REFERENCE_ROWS)
+    moved = make_estimator(Options(**given, kl_coefficient=0.1))(batch, 0.3).advantages
+    assert torch.equal(moved, make_estimator(Options(**given, kl_coefficient=0.3))(batch, 0.3).advantages)
+    assert not torch.equal(moved, make_estimator(Options(**given, kl_coefficient=0.1))(batch, 0.1).advantages)

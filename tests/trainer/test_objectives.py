@@ -76,6 +76,22 @@ def test_clipped_surrogate_equals_a_slow_loop_for_every_aggregation(aggregation:
     assert loss_of(options)[0].item() == pytest.approx(slow_loss(options, clipped_by_hand(0.1, 0.3, dual)))
 
 
+def test_clip_fraction_counts_the_dual_clip_too() -> None:
+    """Ratios 3 and 1.5 at a negative advantage: only the first is beyond the dual clip of 2."""
+    old = torch.zeros(1, 2, dtype=torch.float64)
+    batch = make_batch([0.0], [[1, 1]], [0], old=old)
+    estimate = Estimate(torch.full_like(old, -1.0), None, batch.counts)
+    leaf = torch.tensor([[3.0, 1.5]], dtype=torch.float64).log().requires_grad_()
+    found = {}
+    for dual in (None, 2.0):
+        tally = Tally()
+        objective = make_objective(Options(**BASE, loss_aggregation="token_mean", clip_dual=dual))
+        loss = objective.policy_loss(Scores(leaf, old), batch, estimate, Denominators(2, 1), 0.0, tally)
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        found[dual] = (tally.results()["clip_fraction"], gradient[0].tolist())
+    assert found == {None: (0.0, pytest.approx([1.5, 0.75])), 2.0: (0.5, pytest.approx([0.0, 0.75]))}
+
+
 def test_kl_and_entropy_terms_equal_a_slow_loop() -> None:
     options = Options(kl_coefficient=0.7, kl_estimator="k3", entropy_coefficient=0.2, loss_aggregation="token_mean")
     _, _, reference, _, entropy = drawn(0)
@@ -137,6 +153,20 @@ def test_rows_and_tokens_that_do_not_count_get_no_gradient() -> None:
     assert not leaf.grad[2].any()
     assert not leaf.grad[~masks].any()
     assert leaf.grad[0][masks[0]].any()
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_what_does_not_count_may_overflow_without_ruining_the_gradient(kind: str) -> None:
+    reference = torch.tensor([[-1.0, 1e4], [1e4, 1e4]], dtype=torch.float64)
+    old = torch.full((2, 2), -1.0, dtype=torch.float64)
+    batch = make_batch([0.0] * 2, [[1, 0], [1, 1]], [0, 1], counts=[True, False], old=old - reference, reference=reference, sampling=old)
+    estimate = Estimate(torch.zeros(2, 2, dtype=torch.float64), None, batch.counts)
+    leaf = torch.full((2, 2), -2.0, dtype=torch.float64, requires_grad=True)
+    objective = make_objective(Options(kl_estimator=kind, loss_aggregation="token_mean"))
+    objective.policy_loss(Scores(leaf, old), batch, estimate, Denominators.of(batch.token_counts), 1.0, Tally()).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.flatten().tolist() == [pytest.approx(leaf.grad[0, 0].item()), 0.0, 0.0, 0.0]
+    assert leaf.grad[0, 0].item() == pytest.approx({"k2": -1.0, "k3": 1 - math.e}[kind])
 
 
 def test_zeroing_advantages_does_not_change_the_denominator() -> None:

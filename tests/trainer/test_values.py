@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from tests.trainer.batches import make_batch, make_policy
+from trainer import policy as policy_module
+from trainer.layout import Cost
 
 GROUPS = [([3, 6, 1, 4], [[9, 10, 1], [12, 1]]), ([3, 20, 1, 4], [[21], [22, 23, 24, 1]])]
 KINDS = [("full", "separate"), ("lora", "separate"), ("full", "shared_backbone"), ("lora", "shared_backbone")]
@@ -84,3 +86,28 @@ def test_values_are_saved_beside_the_policy(tiny, tmp_path):
     policy.save(tmp_path)
     assert (tmp_path / "value.safetensors").exists()
     assert {name.split(".")[0] for name in policy.trainable_state()} == {"policy", "value"}
+
+
+@pytest.mark.parametrize("cost", [Cost(1.0, 0.0), Cost(0.0, 1.0)], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", ["separate", "shared_backbone"])
+def test_bootstrap_value_is_read_at_the_state_after_the_last_token(tiny, monkeypatch, kind, cost):
+    """Also after a row with a hole, and after one in which nothing counts: there it is that of the prompt."""
+    monkeypatch.setattr(policy_module, "_cost", lambda _: cost)
+    policy = make(tiny, "full", kind, truncation_bootstrap=True)
+    open_head(policy)
+    batch = make_batch([*GROUPS, ([3, 8, 8, 4], [[31, 32, 33], []])])
+    batch.completion_mask[4, 1] = False
+    found = policy.score(batch, 1.0, with_values=True).bootstrap_values
+    assert torch.equal(found, policy.values(batch)[1])
+    head = policy.value_parameters()[0]
+    for row in range(6):
+        length = [3, 2, 1, 4, 3, 0][row]
+        ids = torch.cat([batch.prompt_ids[row][batch.prompt_mask[row]], batch.completion_ids[row, :length]])
+        expected = policy.model.base_model(input_ids=ids[None]).last_hidden_state[0, -1] @ head
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
+
+
+def test_bootstrap_values_are_given_only_where_the_option_asks(tiny):
+    policy = make(tiny, "full", "separate")
+    assert policy.values(make_batch(GROUPS))[1] is None
+    assert policy.score(make_batch(GROUPS), 1.0, with_values=True).bootstrap_values is None
