@@ -91,6 +91,12 @@ class TrainingError(PlatformError):
     code = "training_error"
 
 
+class PreflightFailed(TrainingError):
+    """A property that training rests on does not hold for this model and these options."""
+
+    code = "preflight_failed"
+
+
 class Diverged(TrainingError):
     code = "diverged"
 

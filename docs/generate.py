@@ -1,6 +1,7 @@
-"""Writes hyperparameters.md and configuration.md from the code: `python docs/generate.py` (a test fails when they are out of date)."""
+"""Writes hyperparameters.md, configuration.md and a table of preflight.md from the code: `python docs/generate.py` (a test compares)."""
 
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from core.compatibility import RULES, Limit, Rule
 from core.options import Options
 from core.presets import PRESETS
 from core.settings import Settings
+from trainer.tolerances import TOLERANCES
 
 FOLDER = Path(__file__).parent
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -20,6 +22,14 @@ Every installation-wide setting is an environment variable, read once per proces
 | variable | default | meaning |
 | --- | --- | --- |
 """
+TOLERANCES_BEGIN = "<!-- tolerances: written by docs/generate.py from trainer/tolerances.py -->"
+TOLERANCES_END = "<!-- end of tolerances -->"
+PROPERTIES = {
+    "`sampler_agrees`, `padding_changes_nothing`": attrgetter("logprobs"),
+    "`first_ratio_is_one`": attrgetter("first_ratio"),
+    "`microbatches_change_nothing`": attrgetter("gradient"),
+}
+"""Which of the `Tolerances` bounds which properties."""
 HEADER = """# Hyperparameters
 
 What `method.reinforcement.hyperparameters` takes. "auto" or nothing gives the default. An option that another one would
@@ -89,8 +99,20 @@ def configuration() -> str:
     return SETTINGS_HEADER + "\n".join(rows).replace("``", "empty") + "\n"
 
 
+def preflight() -> str:
+    """The page as it is, with the table of tolerances between its marks."""
+    rows = ["| properties | precision | what is measured | at most |", "| --- | --- | --- | --- |"]
+    for names, choose in PROPERTIES.items():
+        for precision, tolerances in TOLERANCES.items():
+            bound = choose(tolerances)
+            rows.append(f"| {names} | `{precision}` | {bound.in_words} | {bound.allowed:g} |")
+    before, mark, rest = (FOLDER / "preflight.md").read_text().partition(TOLERANCES_BEGIN)
+    return before + mark + "\n".join(["", *rows, ""]) + TOLERANCES_END + rest.partition(TOLERANCES_END)[2]
+
+
 def pages() -> dict[Path, str]:
-    return {FOLDER / "hyperparameters.md": hyperparameters(), FOLDER / "configuration.md": configuration()}
+    texts = {"hyperparameters.md": hyperparameters(), "configuration.md": configuration(), "preflight.md": preflight()}
+    return {FOLDER / name: text for name, text in texts.items()}
 
 
 if __name__ == "__main__":

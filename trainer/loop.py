@@ -22,6 +22,8 @@ log = logging.getLogger("trainer")
 
 def train(run: Run) -> None:
     """Trains from where `run` stands to its last step. Raises: StopRequested between whole steps, GraderUnavailable, Diverged."""
+    if run.progress.step == 0 and run.pending is None:
+        preflight(run)
     finish_step(run)
     while not run.is_at_end:
         step = run.progress.step + 1
@@ -39,6 +41,14 @@ def train(run: Run) -> None:
         record_step(run, step, collected, batch, estimate, report | {"weight_lag": float(pending.weight_lag)})
         run.pending = upcoming
         finish_step(run)
+
+
+def preflight(run: Run) -> None:
+    """Checks what training rests on before anything is trained. Raises: PreflightFailed."""
+    found = run.preflight()
+    if found.warning is not None:
+        run.recorder.event(found.warning, "warn", data={"code": "template_does_not_round_trip"})
+    run.recorder.event("Preflight passed.", data={"code": "preflight_passed", **found.measured})
 
 
 def generate_ahead(run: Run, step: int) -> Pending | None:

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     INITIALISATION = 4
     DATA_ORDER = 5
     REPLACEMENT = 6
+    PREFLIGHT = 7
 
 
 def philox(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> NDArray[np.uint32]:

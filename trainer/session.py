@@ -37,6 +37,7 @@ from trainer.grading import GradingService
 from trainer.journal import RewardJournal
 from trainer.metrics import Recorder, Stopwatch
 from trainer.policy import Policy
+from trainer.preflight import Preflight, check_run
 from trainer.random import Purpose
 from trainer.rollout import RolloutEngine, Sampling
 from trainer.tokens import end_token_ids, ignored_sampling_defaults, load_tokenizer
@@ -57,6 +58,9 @@ class Run:
     policy: Policy
     collector: Collector
     learner: Learner
+    preflight: Callable[[], Preflight]
+    """Checks the parts of this run on a few prompts. Raises: PreflightFailed."""
+
     estimator: Estimator
     grading: GradingService
     evaluator: Evaluator | None
@@ -123,6 +127,7 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     engine = RolloutEngine(policy, tokenizer, options.precision)
     sampling = partial(make_sampling, job, end_token_ids(tokenizer, policy.generation_config))
     order = PromptOrder(job.seed, len(prompts), schedule.batch_size)
+    learner = Learner(policy, options, job.seed, schedule.total_steps, pulse.progress)
     run = Run(
         directory=directory,
         job=job,
@@ -130,7 +135,8 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
         schedule=schedule,
         policy=policy,
         collector=Collector(prompts, order, engine, grading, options, sampling, control, clock),
-        learner=Learner(policy, options, job.seed, schedule.total_steps, pulse.progress),
+        learner=learner,
+        preflight=partial(check_run, learner, engine, tokenizer, prompts, sampling(Purpose.PREFLIGHT, 0), control.check),
         estimator=make_estimator(options),
         grading=grading,
         evaluator=_make_evaluator(directory, job, policy, tokenizer, engine, grading, sampling),

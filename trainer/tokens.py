@@ -24,7 +24,8 @@ _SAMPLING_DEFAULTS = (
     "bad_words_ids",
     "suppress_tokens",
 )
-_PROBE = "qxzjk"
+PROBE = "qxzjk"
+"""An answer that no template writes by itself."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -48,11 +49,11 @@ def end_token_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
 
 def _turn_end(tokenizer: Any) -> int | None:
     """The special token that follows an assistant's message directly, if the template writes one."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     text: str = _apply(tokenizer, turns, add_generation_prompt=False)
-    if _PROBE not in text:
+    if PROBE not in text:
         return None
-    ids: list[int] = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
@@ -70,18 +71,33 @@ def render_prompt(
 
     Raises: InvalidRequest where the template cannot render the messages or has no such effort.
     """
+    text = _render(tokenizer, messages, reasoning_effort, add_generation_prompt=True)
+    return text, encode(tokenizer, text)
+
+
+def render_answered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], answer: str, *, reasoning_effort: str = "default") -> str:
+    """Text of `messages` and the assistant's whole `answer` to them. Raises: InvalidRequest."""
+    turns = [*messages, {"role": "assistant", "content": answer}]
+    return _render(tokenizer, turns, reasoning_effort, add_generation_prompt=False)
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of text that a template has rendered: nothing is added to it."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], reasoning_effort: str, *, add_generation_prompt: bool) -> str:
     turns = [{**message, "role": "system" if message["role"] == "developer" else message["role"]} for message in messages]
-    options: dict[str, Any] = {"add_generation_prompt": True}
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
     if reasoning_effort != "default":
         _check_effort(tokenizer)
         options["reasoning_effort"] = reasoning_effort
     try:
-        text = _apply(tokenizer, turns, **options)
+        return _apply(tokenizer, turns, **options)
     except InvalidRequest:
         if not any(turn["role"] == "system" for turn in turns):
             raise
-        text = _apply(tokenizer, _without_system(turns), **options)
-    return text, tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        return _apply(tokenizer, _without_system(turns), **options)
 
 
 def _check_effort(tokenizer: Any) -> None:

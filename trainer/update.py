@@ -119,8 +119,21 @@ class Learner:
         self._adapt_kl_coefficient(now)
         return report
 
+    def accumulate(self, batch: Batch, estimate: Estimate, minibatch: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Adds the gradient of one minibatch to the parameters', without a step. -> log-probs [B, T] of its rows, and its metrics."""
+        now = _Step(batch, estimate, number=0, train_policy=True)
+        self._accumulate(now, minibatch)
+        return now.seen, now.tally.results()
+
     def _update_minibatch(self, now: "_Step", plan: list[Tensor]) -> bool:
         """One optimizer step over the microbatches `plan`; False where nothing counts and the step is skipped."""
+        counts = self._accumulate(now, plan)
+        if counts:
+            self._step_optimizers(now)
+        return counts
+
+    def _accumulate(self, now: "_Step", plan: list[Tensor]) -> bool:
+        """Adds the gradient of the microbatches `plan`; False where nothing counts."""
         whole = Denominators.of(now.mask[torch.cat(plan)])
         if whole.tokens == 0:
             return False
@@ -130,7 +143,6 @@ class Learner:
             raise Diverged(f"The loss is {loss} in step {now.number}. A lower learning_rate or max_grad_norm may help.")
         for name in ("loss", *(["policy_loss"] if now.train_policy else []), *(["value_loss"] if self.options.needs_values else [])):
             now.tally.add(name, 0.0, 1)
-        self._step_optimizers(now)
         return True
 
     def _split_silent(self, now: "_Step", plan: list[Tensor]) -> list["_Microbatch"]:

@@ -9,6 +9,7 @@ import pytest
 
 from core.options import Options
 from core.presets import PRESETS
+from trainer.properties import ADVICE
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("core", "outbound", "database", "graders", "trainer", "api", "worker", "housekeeping")
@@ -46,8 +47,13 @@ def test_preset_is_described_by_what_it_sets(name: str) -> None:
     assert settings == ", ".join(f"`{option}: {value}`" for option, value in PRESETS[name].items()) or not PRESETS[name]
 
 
+def test_every_property_of_preflight_is_explained() -> None:
+    headings = [line.strip("# `") for line in (ROOT / "docs/preflight.md").read_text().splitlines() if line.startswith("### `")]
+    assert headings == list(ADVICE)
+
+
 def test_generated_pages_are_up_to_date() -> None:
     pages = runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]()
-    assert len(pages) == 2
+    assert len(pages) == 3
     for path, text in pages.items():
         assert path.read_text() == text, f"run: python docs/generate.py ({path.name})"
