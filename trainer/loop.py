@@ -14,6 +14,7 @@ from trainer.batch import Batch, Estimate, Graded
 from trainer.collection import Collected, Pending, collection_metrics
 from trainer.control import ControlReader, Pulse, StopRequested
 from trainer.data import collate
+from trainer.doctor import examine
 from trainer.metrics import chained_digest, peak_memory_bytes, rollout_metrics
 from trainer.session import MakeGrader, Run, Secrets, open_run
 
@@ -84,8 +85,13 @@ def finish_step(run: Run) -> None:
     step, schedule = run.progress.step, run.schedule
     is_evaluated = evaluate_if_due(run)
     if is_evaluated or run.progress.announced_step < step:
-        run.recorder.announce(step, run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {})
-        run.advance(announced_step=step)
+        train, valid = run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {}
+        run.recorder.announce(step, train, valid)
+        doctor, findings = examine(run.progress.doctor, run.job.options, step, train, valid)
+        for finding in findings:
+            data = {"code": "run_doctor", "rule": finding.rule, "evidence": finding.evidence, "advice": finding.advice}
+            run.recorder.event(finding.message, "warn", data=data)
+        run.advance(announced_step=step, doctor=doctor)
     if is_evaluated:
         end_early_if_due(run)
     run.grading.journal.forget_steps(step)
