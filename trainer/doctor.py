@@ -3,6 +3,7 @@
 Pure: no files, no clock, no tensors. All that it remembers is a `DoctorState`, which is part of every resume point.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ LARGE_MISMATCH = 0.01
 """Nats per token. k3 is about half the squared difference: what a mean difference of 0.05, the most that bf16 may have, makes is 0.002."""
 
 REWARD_FALL = 0.5
-"""Standard deviations of single grades. The mean of a window scatters by a tenth of one."""
+"""Standard deviations of single grades. Means over the first steps and over a window scatter by one or two tenths of one."""
 
 TRAIN_RISE = 0.1
 """Standard deviations of single grades: about two standard errors between two windows of ten steps of 64 completions."""
@@ -129,7 +130,8 @@ def examine(
         elif before is not None and step - before.reported_step < COOL_DOWN:
             reports[rule.name] = Report(reported_step=before.reported_step, last_true_step=step)
         else:
-            findings.append(Finding(rule.name, rule.cause, {**seen.window_steps(), **evidence}, rule.advice))
+            known = {name: value for name, value in evidence.items() if math.isfinite(value)}
+            findings.append(Finding(rule.name, rule.cause, {**seen.window_steps(), **known}, rule.advice))
             reports[rule.name] = Report(reported_step=step, last_true_step=step)
     return DoctorState(history=seen, reports=reports), findings
 

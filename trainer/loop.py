@@ -87,11 +87,8 @@ def finish_step(run: Run) -> None:
     if is_evaluated or run.progress.announced_step < step:
         train, valid = run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {}
         run.recorder.announce(step, train, valid)
-        doctor, findings = examine(run.progress.doctor, run.job.options, step, train, valid)
-        for finding in findings:
-            data = {"code": "run_doctor", "rule": finding.rule, "evidence": finding.evidence, "advice": finding.advice}
-            run.recorder.event(finding.message, "warn", data=data)
-        run.advance(announced_step=step, doctor=doctor)
+        consult_doctor(run, train, valid)
+        run.advance(announced_step=step)
     if is_evaluated:
         end_early_if_due(run)
     run.grading.journal.forget_steps(step)
@@ -102,6 +99,15 @@ def finish_step(run: Run) -> None:
             log.info("checkpoint of step %d", step)
         if schedule.is_resume_point_due(step) and not run.is_at_end:
             run.save_resume_point()
+
+
+def consult_doctor(run: Run, train: dict[str, float], valid: dict[str, float]) -> None:
+    """A `warn` event for each thing that the metrics of the last step say goes wrong."""
+    doctor, findings = examine(run.progress.doctor, run.job.options, run.progress.step, train, valid)
+    for finding in findings:
+        data = {"code": "run_doctor", "rule": finding.rule, "evidence": finding.evidence, "advice": finding.advice}
+        run.recorder.event(finding.message, "warn", data=data)
+    run.advance(doctor=doctor)
 
 
 def evaluate_if_due(run: Run) -> bool:

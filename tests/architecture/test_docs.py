@@ -48,6 +48,6 @@ def test_preset_is_described_by_what_it_sets(name: str) -> None:
 
 def test_generated_pages_are_up_to_date() -> None:
     pages = runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]()
-    assert len(pages) == 2
+    assert len(pages) == 3
     for path, text in pages.items():
         assert path.read_text() == text, f"run: python docs/generate.py ({path.name})"
