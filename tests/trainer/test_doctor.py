@@ -14,12 +14,12 @@ from core.options import Options
 from core.run_directory import EVENTS, VALID, Control, End, write_control
 from graders.grade import Grade, GradeRequest
 from tests.trainer.runs import FunctionGrader, letter_rows, make_run_directory, read_metrics, read_samples, train_here, write_rows
+from trainer.batch import Prompt, Rollout
 from trainer.checkpoints import Progress
 from trainer.doctor import COOL_DOWN, RECOVERY, RULES, DoctorState, Finding, examine
 from trainer.history import REMEMBERED, WINDOW
 from trainer.random import Purpose
-from trainer.rollout import Sampling
-from trainer.session import Run
+from trainer.rollout import RolloutEngine, Sampling
 
 TINY: dict[str, Any] = {"rows": 8, "model": {"hidden": 32, "head_scale": 10.0}, "max_completion_tokens": 24}
 """About 3 nats, and answers of about 15 tokens."""
@@ -166,13 +166,13 @@ def test_rewards_in_the_thousands_without_a_scale_are_seen_in_the_gradient(tmp_p
 
 
 def test_a_sampler_at_another_temperature_than_the_trainer_is_a_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Run.sampling
+    right = RolloutEngine.generate
 
-    def hot(self: Run, purpose: Purpose, step: int, *others: Any) -> Sampling:
-        sampling = right(self, purpose, step, *others)
-        return replace(sampling, temperature=2.0) if purpose is Purpose.ROLLOUT and step > 0 else sampling
+    def hot(self: RolloutEngine, prompts: list[Prompt], group_size: int, sampling: Sampling, **others: Any) -> list[Rollout]:
+        is_training = sampling.purpose is Purpose.ROLLOUT and sampling.step > 0
+        return right(self, prompts, group_size, replace(sampling, temperature=2.0) if is_training else sampling, **others)
 
-    monkeypatch.setattr(Run, "sampling", hot)
+    monkeypatch.setattr(RolloutEngine, "generate", hot)
     assert the_warning(run(tmp_path / "run", early_letters, max_steps=10), "sampler_mismatch")["sampler_mismatch_kl"] > 0.01
 
 
