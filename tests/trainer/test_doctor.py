@@ -28,7 +28,7 @@ CALM = {
     "reward_mean": 0.5,
     "reward_std": 0.4,
     "zero_variance_group_fraction": 0.2,
-    "entropy": 1.0,
+    "entropy": 2.0,
     "clip_fraction": 0.01,
     "kl_reference": 0.02,
     "explained_variance": 0.4,
@@ -221,7 +221,7 @@ def rules_of(found: list[tuple[int, Finding]]) -> list[str]:
 BORDERS = [
     ("no_signal", {"zero_variance_group_fraction": 0.5}, {"zero_variance_group_fraction": 0.49}),
     ("no_signal", {"reward_std": 0.0}, {"reward_std": 1e-9}),
-    ("entropy_collapse", {"entropy": 0.2}, {"entropy": 0.21}),
+    ("entropy_collapse", {"entropy": 0.4}, {"entropy": 0.41}),
     ("clip_saturation", {"clip_fraction": 0.3}, {"clip_fraction": 0.29}),
     ("critic_explains_nothing", {"explained_variance": 0.05}, {"explained_variance": 0.06}),
     ("critic_explains_nothing", {"explained_variance": -40.0}, {"explained_variance": 0.06}),
