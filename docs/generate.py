@@ -1,4 +1,7 @@
-"""Writes hyperparameters.md, configuration.md and a table of preflight.md from the code: `python docs/generate.py` (a test compares)."""
+"""Writes hyperparameters.md, configuration.md, a table of preflight.md and the end of metrics.md from the code: `python docs/generate.py`.
+
+A test fails when they are out of date.
+"""
 
 import sys
 from operator import attrgetter
@@ -11,6 +14,9 @@ from core.compatibility import RULES, Limit, Rule
 from core.options import Options
 from core.presets import PRESETS
 from core.settings import Settings
+from trainer.doctor import COOL_DOWN, RECOVERY
+from trainer.doctor import RULES as DOCTOR_RULES
+from trainer.history import EVALUATIONS, FIRST_STEPS, WINDOW
 from trainer.tolerances import TOLERANCES
 
 FOLDER = Path(__file__).parent
@@ -30,6 +36,19 @@ PROPERTIES = {
     "`microbatches_change_nothing`": attrgetter("gradient"),
 }
 """Which of the `Tolerances` bounds which properties."""
+DOCTOR_HEADING = "## The run doctor"
+DOCTOR_HEADER = f"""{DOCTOR_HEADING}
+
+After each step plain rules read the metrics. One that is true becomes an event of level `warn` with the cause in its message and, in
+`data`, `code` `run_doctor`, `rule`, `evidence` (the numbers, and the steps that they are from) and `advice`. A rule needs all of its
+steps and all of its metrics: one bad step says nothing, and without a value model nothing is said of one. Numbers below are means over
+the newest {WINDOW} steps unless they say otherwise; "the first steps" are the first {FIRST_STEPS}, evaluations the newest {EVALUATIONS}.
+A rule that stays true is reported again after {COOL_DOWN} steps, or once it was false for {RECOVERY} steps. Nothing is changed and
+nothing is stopped: the advice is yours to take. This table is generated from `trainer/doctor.py`.
+
+| rule | when | cause | advice |
+| --- | --- | --- | --- |
+"""
 HEADER = """# Hyperparameters
 
 What `method.reinforcement.hyperparameters` takes. "auto" or nothing gives the default. An option that another one would
@@ -110,8 +129,20 @@ def preflight() -> str:
     return before + mark + "\n".join(["", *rows, ""]) + TOLERANCES_END + rest.partition(TOLERANCES_END)[2]
 
 
+def metrics() -> str:
+    """What is written by hand, and the doctor's table after it."""
+    by_hand = (FOLDER / "metrics.md").read_text().split(DOCTOR_HEADING)[0]
+    rows = [f"| `{rule.name}` | {rule.when} | {rule.cause} | {rule.advice} |" for rule in DOCTOR_RULES]
+    return by_hand + DOCTOR_HEADER + "\n".join(rows) + "\n"
+
+
 def pages() -> dict[Path, str]:
-    texts = {"hyperparameters.md": hyperparameters(), "configuration.md": configuration(), "preflight.md": preflight()}
+    texts = {
+        "hyperparameters.md": hyperparameters(),
+        "configuration.md": configuration(),
+        "preflight.md": preflight(),
+        "metrics.md": metrics(),
+    }
     return {FOLDER / name: text for name, text in texts.items()}
 
 

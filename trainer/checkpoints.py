@@ -35,6 +35,7 @@ from core.run_directory import (
     read_manifest,
     step_folder,
 )
+from trainer.doctor import DoctorState
 
 WEIGHTS, OPTIMIZERS, PENDING = "weights.pt", "optimizers.pt", "pending.pt"
 KEPT_RESUME_POINTS = 2
@@ -66,6 +67,8 @@ class Progress(BaseModel):
     evaluations_since_best: int = 0
     ended_early: str = ""
     """Why the run ends before its last step; empty while it goes on."""
+
+    doctor: DoctorState = Field(default_factory=DoctorState)
 
 
 def save_checkpoint(run_directory: Path, step: int, write: Callable[[Path], str], metrics: dict[str, float], facts: dict[str, Any]) -> Path:

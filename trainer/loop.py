@@ -14,6 +14,7 @@ from trainer.batch import Batch, Estimate, Graded
 from trainer.collection import Collected, Pending, collection_metrics
 from trainer.control import ControlReader, Pulse, StopRequested
 from trainer.data import collate
+from trainer.doctor import examine
 from trainer.metrics import chained_digest, peak_memory_bytes, rollout_metrics
 from trainer.session import MakeGrader, Run, Secrets, open_run
 
@@ -94,7 +95,9 @@ def finish_step(run: Run) -> None:
     step, schedule = run.progress.step, run.schedule
     is_evaluated = evaluate_if_due(run)
     if is_evaluated or run.progress.announced_step < step:
-        run.recorder.announce(step, run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {})
+        train, valid = run.progress.train_metrics, run.progress.valid_metrics if is_evaluated else {}
+        run.recorder.announce(step, train, valid)
+        consult_doctor(run, train, valid)
         run.advance(announced_step=step)
     if is_evaluated:
         end_early_if_due(run)
@@ -106,6 +109,15 @@ def finish_step(run: Run) -> None:
             log.info("checkpoint of step %d", step)
         if schedule.is_resume_point_due(step) and not run.is_at_end:
             run.save_resume_point()
+
+
+def consult_doctor(run: Run, train: dict[str, float], valid: dict[str, float]) -> None:
+    """A `warn` event for each thing that the metrics of the last step say goes wrong."""
+    doctor, findings = examine(run.progress.doctor, run.job.options, run.progress.step, train, valid)
+    for finding in findings:
+        data = {"code": "run_doctor", "rule": finding.rule, "evidence": finding.evidence, "advice": finding.advice}
+        run.recorder.event(finding.message, "warn", data=data)
+    run.advance(doctor=doctor)
 
 
 def evaluate_if_due(run: Run) -> bool:

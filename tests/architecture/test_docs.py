@@ -54,6 +54,6 @@ def test_every_property_of_preflight_is_explained() -> None:
 
 def test_generated_pages_are_up_to_date() -> None:
     pages = runpy.run_path(str(ROOT / "docs/generate.py"))["pages"]()
-    assert len(pages) == 3
+    assert len(pages) == 4
     for path, text in pages.items():
         assert path.read_text() == text, f"run: python docs/generate.py ({path.name})"

@@ -81,7 +81,9 @@ def test_there_is_no_import_circle_between_files() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("module", ["api.app", "client.client", "worker.celery_app", "housekeeping.celery_app", "core.specs", "local.cli"])
+@pytest.mark.parametrize(
+    "module", ["api.app", "client.client", "worker.celery_app", "housekeeping.celery_app", "core.specs", "local.cli", "trainer.doctor"]
+)
 def test_module_imports_without_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

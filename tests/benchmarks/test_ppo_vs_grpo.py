@@ -44,7 +44,9 @@ def test_each_round_begins_with_another_configuration_and_has_all_of_them() -> N
     assert len({task.folder(Path()) for task in tasks}) == len(tasks)
 
 
-@pytest.mark.parametrize("text", ["76", "It is 76.", "47 + 29 = 76", "76 = 47 + 29", "-76", "x76y", "7 6", "", "seventy-six", "76\n", "76.0"])
+@pytest.mark.parametrize(
+    "text", ["76", "It is 76.", "47 + 29 = 76", "76 = 47 + 29", "-76", "x76y", "7 6", "", "seventy-six", "76\n", "76.0"]
+)
 def test_the_grader_agrees_with_the_one_of_the_demo(text: str) -> None:
     async def grade() -> float | None:
         grader = PythonGrader(LAST_INTEGER)
