@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """The weights of adapter `name` by their names in `model`."""
     return {full: parameter for full, parameter in model.named_parameters() if ".lora_" in full and f".{name}." in full}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """The policy's adapter, as peft loads it: the same weights give the same files, in whatever directory and process.
+
+    peft would write the base model's path on this host, and the adapted modules in the order of a set.
+    """
+    config: Any = model.peft_config[POLICY]
+    config.base_model_name_or_path = ""
+    config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=False)
+    (folder / "README.md").unlink()
 
 
 def thaw(model: nn.Module) -> None:

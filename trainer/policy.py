@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from core.errors import TrainingError, boundary
 from core.options import Options
-from trainer.adapters import POLICY, VALUE, adapter_parameters, add_adapters, no_adapter, only_adapter
+from trainer.adapters import POLICY, VALUE, adapter_parameters, add_adapters, no_adapter, only_adapter, save_adapter
 from trainer.batch import Batch, Scores, Support
 from trainer.layout import Cost, Layout, group_shapes, is_packing_cheaper, pack, pad, plan_microbatches
 from trainer.logprobs import Head, score_tokens
@@ -176,7 +176,7 @@ class Policy:
         if self._adapted is None:
             self.model.save_pretrained(folder)
             return "full"
-        self._adapted.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=False)
+        save_adapter(self._adapted, folder)
         return "lora"
 
     def _policy_weights(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,5 @@
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -167,6 +168,17 @@ def test_saved_adapter_on_the_base_gives_the_same_log_probs(tiny, tmp_path):
     assert policy.save(tmp_path / "saved") == "lora"
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "saved")
     torch.testing.assert_close(dense_logprobs(loaded, batch), policy.score(batch, 1.0).logprobs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_saved_files_do_not_depend_on_the_directory_of_the_base(tiny, tmp_path, finetuning):
+    saved = []
+    for name in ("here", "there"):
+        base = shutil.copytree(tiny, tmp_path / name / "model")
+        make_policy(base, finetuning=finetuning).save(tmp_path / name / "saved")
+        saved.append({path.name: path.read_bytes() for path in (tmp_path / name / "saved").iterdir()})
+    assert saved[0] == saved[1]
+    assert not any(str(tmp_path).encode() in content for content in saved[0].values())
 
 
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
