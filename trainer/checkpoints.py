@@ -203,7 +203,8 @@ def _publish(target: Path, fill: Callable[[Path], Manifest]) -> Path:
     target.parent.mkdir(exist_ok=True)
     fsync_folder(target.parent.parent)
     temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        _remove(temporary)
     temporary.mkdir()
     manifest = fill(temporary)
     for entry in manifest.files:
