@@ -1,4 +1,4 @@
-"""Runs cases, as many at a time as there are cores, and keeps what came out. The uninterrupted runs go first: every case is compared with one of them."""
+"""Runs cases, as many at a time as there are cores. The uninterrupted runs go first: every case is compared with one of them."""
 
 import os
 import shutil
@@ -13,7 +13,17 @@ from typing import Self
 from tests.resume.cases import SEED, Case, draw_random_kill
 from tests.resume.comparison import differences, last_digest
 from tests.resume.killed_trainer import Fault
-from tests.resume.processes import EndedTooEarly, RandomKill, kill_at, kill_at_random, point_step, run_to_end, steps_done, successor
+from tests.resume.processes import (
+    EndedTooEarly,
+    RandomKill,
+    Secrets,
+    kill_at,
+    kill_at_random,
+    point_step,
+    run_to_end,
+    steps_done,
+    successor,
+)
 from tests.resume.settings import STEPS, Setting, epoch_of, make_directory
 from tests.trainer.runs import read_metrics
 
@@ -29,7 +39,7 @@ class Kill:
     step: int
     """The step that was being done, or made durable."""
 
-    num_repeated: int
+    num_redone: int
     """Steps that were done before and had to be done again."""
 
 
@@ -77,43 +87,44 @@ class Bench:
 
     def _run(self, case: Case) -> Result:
         reference, folder = self.reference(case.setting), self._folder / str(case)
-        pieces, kills = self._kill_and_continue(case, folder, reference)
-        result = Result(case, kills, last_digest(pieces[-1]), differences(reference, pieces))
-        if not result.differences:
-            shutil.rmtree(folder)
-        return result
-
-    def _kill_and_continue(self, case: Case, folder: Path, reference: Path) -> tuple[list[Path], list[Kill]]:
-        """-> the directories through which the run went, and its kills."""
         draw = case.random()
         for _ in range(MAX_DRAWS):
-            shutil.rmtree(folder, ignore_errors=True)
-            pieces = [self._copy(case.setting, folder / "1")]
             try:
-                kills = []
-                for planned in _planned(case, draw, reference):
-                    kills.append(_kill(planned, pieces[-1]))
-                    if case.is_elsewhere:
-                        pieces.append(successor(pieces[-1], folder / str(len(pieces) + 1)))
-                run_to_end(pieces[-1])
+                pieces, kills = kill_and_continue(case, self._copy(case.setting, folder / "1"), _planned(case, draw, reference))
             except EndedTooEarly:
+                shutil.rmtree(folder)
                 continue
-            return pieces, kills
+            result = Result(case, kills, last_digest(pieces[-1]), differences(reference, pieces))
+            if not result.differences:
+                shutil.rmtree(folder)
+            return result
         raise AssertionError(f"{case}: {MAX_DRAWS} runs in a row had ended before their random time came")
 
     def _copy(self, setting: Setting, folder: Path) -> Path:
         return Path(shutil.copytree(self._inputs[setting], folder))
 
 
+def kill_and_continue(
+    case: Case, directory: Path, planned: list[Fault | RandomKill], secrets: Secrets | None = None
+) -> tuple[list[Path], list[Kill]]:
+    """Starts in `directory`. -> all directories through which the run went, to its end, and its kills. Raises: EndedTooEarly."""
+    pieces, kills = [directory], []
+    for kill in planned:
+        kills.append(_kill(kill, pieces[-1], secrets))
+        if case.is_elsewhere:
+            pieces.append(successor(pieces[-1], directory.with_name(str(len(pieces) + 1))))
+    run_to_end(pieces[-1], secrets)
+    return pieces, kills
+
+
 def _planned(case: Case, draw: Random, reference: Path) -> list[Fault | RandomKill]:
     step_seconds = statistics.fmean(line.values["seconds_step"] for line in read_metrics(reference))
-    random = [draw_random_kill(draw, step_seconds, kills_to_come) for kills_to_come in reversed(range(case.num_random))]
-    return [*case.faults, *random]
+    return [*case.faults, *(draw_random_kill(draw, step_seconds, case.num_random) for _ in range(case.num_random))]
 
 
-def _kill(planned: Fault | RandomKill, directory: Path) -> Kill:
+def _kill(planned: Fault | RandomKill, directory: Path, secrets: Secrets | None) -> Kill:
     if isinstance(planned, Fault):
-        kill_at(planned, directory)
+        kill_at(planned, directory, secrets)
     else:
         kill_at_random(planned, directory)
     done = steps_done(directory)
@@ -123,7 +134,7 @@ def _kill(planned: Fault | RandomKill, directory: Path) -> Kill:
 
 def table(results: list[Result]) -> list[str]:
     """For people: a line for each case, and the sums."""
-    rows = [("case", "goes on", "killed", "in step (epoch)", "repeated", "last digest", "identical")]
+    rows = [("case", "goes on", "killed", "in step (epoch)", "steps redone", "last digest", "identical")]
     for result in results:
         kills = result.kills
         rows.append(
@@ -132,7 +143,7 @@ def table(results: list[Result]) -> list[str]:
                 "elsewhere" if result.case.is_elsewhere else "in place",
                 ", ".join(kill.place for kill in kills),
                 ", ".join(f"{kill.step} ({epoch_of(kill.step)})" for kill in kills),
-                ", ".join(str(kill.num_repeated) for kill in kills),
+                ", ".join(str(kill.num_redone) for kill in kills),
                 result.digest[:12],
                 "no" if result.differences else "yes",
             )

@@ -100,9 +100,9 @@ def meaner() -> list[Case]:
     ]
 
 
-def draw_random_kill(draw: Random, step_seconds: float, kills_to_come: int) -> RandomKill:
-    """Within the run: after one of its first six steps, earlier where further kills are to come, at any time of the next step or so."""
-    last = STEPS - 2 if kills_to_come == 0 else STEPS // 2 - 1
+def draw_random_kill(draw: Random, step_seconds: float, num_kills: int) -> RandomKill:
+    """At any time of the step, or the one and a half, that follow one of the process's first steps: all `num_kills` fall into the run."""
+    last = (STEPS - 2) // num_kills
     return RandomKill(draw.randint(1, last), draw.uniform(0.0, 1.5 * step_seconds))
 
 

@@ -48,13 +48,13 @@ class EndedTooEarly(Exception):
 
 @dataclass(frozen=True)
 class RandomKill:
-    """A SIGKILL from outside, `seconds` after the process has told of its `after_steps`-th step."""
+    """A SIGKILL from outside, `seconds` after the process has logged the end of its `after_steps`-th step."""
 
     after_steps: int
     seconds: float
 
     def __str__(self) -> str:
-        return f"{1000 * self.seconds:.0f} ms later"
+        return f"random: {1000 * self.seconds:.0f} ms after its step {self.after_steps}"
 
 
 def run_to_end(directory: Path, secrets: Secrets | None = None) -> None:
@@ -84,7 +84,8 @@ def kill_at_random(kill: RandomKill, directory: Path) -> None:
         assert process.stderr is not None
         for _ in range(kill.after_steps):
             while b"trainer: step " not in (line := process.stderr.readline()):
-                assert line, f"the trainer ended with {process.wait()}"
+                if not line:
+                    raise EndedTooEarly(f"{directory}: {kill}")
         try:
             process.wait(kill.seconds)
         except subprocess.TimeoutExpired:
