@@ -54,9 +54,9 @@ class Result:
 class Bench:
     """`folder` keeps the uninterrupted runs and the cases that came out otherwise."""
 
-    def __init__(self, folder: Path, cases: list[Case]) -> None:
+    def __init__(self, folder: Path, cases: list[Case], settings: list[Setting]) -> None:
+        """`settings`: those of the cases, and others whose uninterrupted run is wanted."""
         self._folder = folder
-        settings = list(dict.fromkeys(case.setting for case in cases))
         self._inputs = {setting: make_directory(folder / f"{setting}-inputs", setting) for setting in settings}
         self._pool = ThreadPoolExecutor(NUM_PROCESSES)
         self._references = {setting: self._pool.submit(self._run_whole, setting) for setting in settings}

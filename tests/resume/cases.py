@@ -50,7 +50,7 @@ def in_update(index: int, draw: Random) -> Fault:
 
 def in_write(index: int, draw: Random) -> Fault:
     folder = CHECKPOINTS if _is_odd(index) else RESUME_POINTS
-    return Fault("half a file", step=_save_step(folder, draw), nth=draw.randint(1, 2) if folder == RESUME_POINTS else 1, folder=folder)
+    return Fault("half a file", step=_save_step(folder, draw), nth=draw.randint(1, 3) if folder == RESUME_POINTS else 1, folder=folder)
 
 
 def before_publish(index: int, draw: Random) -> Fault:

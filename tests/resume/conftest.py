@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,17 @@ def results(request: pytest.FixtureRequest) -> list[Result]:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, results: list[Result]) -> Iterator[Bench]:
-    """Runs all cases that this session asks for, from the first on."""
-    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    cases = list(dict.fromkeys(params["case"] for params in calls if "case" in params))
-    with Bench(tmp_path_factory.mktemp("resume"), cases) as running:
+    """Runs all that the tests of this session ask for as `case` or `setting`, from the first on."""
+    cases = parameters(request, "case")
+    settings = dict.fromkeys([case.setting for case in cases] + parameters(request, "setting"))
+    with Bench(tmp_path_factory.mktemp("resume"), cases, list(settings)) as running:
         yield running
     results += running.results()
+
+
+def parameters(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    calls = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    return list(dict.fromkeys(params[name] for params in calls if name in params))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -187,7 +187,7 @@ def after_optimizer_step(trap: Trap) -> None:
 
 
 def in_file(trap: Trap) -> None:
-    """The n-th file of weights, values or optimizer state is half written."""
+    """The n-th file is half written: of weights, values, optimizer state or rollouts sampled ahead."""
 
     def save(original: Any, value: Any, path: Any, *arguments: Any, **named: Any) -> None:
         original(value, path, *arguments, **named)

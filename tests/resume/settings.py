@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
     "lr_schedule": "cosine",
     "warmup_steps": 2,
     "kl_coefficient": 0.05,
+    "top_k": 30,
+    "stop": ("m", "x"),
 }
 BY_ALGORITHM: dict[str, dict[str, Any]] = {
     "grpo": {"group_size": 4},
@@ -33,14 +35,14 @@ BY_ALGORITHM: dict[str, dict[str, Any]] = {
 }
 BY_FINETUNING: dict[str, dict[str, Any]] = {"lora": {"lora_rank": 4, "learning_rate": 1e-2}, "full": {"learning_rate": 3e-3}}
 
-EARLY_LETTERS = """
+MANY_EARLY_LETTERS = """
 def grade(sample, item):
-    return sum(1 for character in sample["output_text"] if character <= item["letter"]) / 8
+    return sum(1 for character in sample["output_text"] if character <= item["letter"]) // 3 / 2
 """
 HAS_LETTER = StringCheckGrader(type="string_check", input="{{sample.output_text}}", reference="{{item.letter}}", operation="ilike")
 GRADER = PinnedMultiGrader(
     type="multi",
-    graders={"has": HAS_LETTER, "early": PythonGrader(type="python", source=EARLY_LETTERS)},
+    graders={"has": HAS_LETTER, "early": PythonGrader(type="python", source=MANY_EARLY_LETTERS)},
     calculate_output="0.5 * has + early",
 )
 
@@ -59,6 +61,8 @@ class Setting:
         options = {**COMMON, **BY_ALGORITHM[self.algorithm], **BY_FINETUNING[self.finetuning]}
         if self.algorithm == "ppo":
             options["value_model"] = "shared_backbone" if self.max_staleness else "separate"
+        elif not self.max_staleness:
+            options["dynamic_sampling"] = 2
         return {**options, "finetuning": self.finetuning, "max_staleness": self.max_staleness}
 
     @property

@@ -9,7 +9,8 @@ import pytest
 from tests.resume.bench import Bench
 from tests.resume.cases import ALL, FEW, NUM_RANDOM, PHASES, Case, matrix
 from tests.resume.killed_trainer import PLACES
-from tests.resume.settings import SETTINGS, epoch_of
+from tests.resume.settings import SETTINGS, STEPS, Setting, epoch_of
+from tests.trainer.runs import read_metrics
 
 
 def check(bench: Bench, case: Case) -> None:
@@ -21,6 +22,17 @@ def check(bench: Bench, case: Case) -> None:
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_killed_and_continued_run_is_bit_for_bit_the_uninterrupted_one(bench: Bench, case: Case) -> None:
     check(bench, case)
+
+
+@pytest.mark.resume
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_uninterrupted_runs_have_what_is_hard_to_resume(bench: Bench, setting: Setting) -> None:
+    """Else the comparison would prove little: ragged lengths, rollouts a step ahead, replaced groups, a coefficient that moves."""
+    metrics = [line.values for line in read_metrics(bench.reference(setting))]
+    assert len({values["completion_tokens_mean"] for values in metrics}) > STEPS // 2
+    assert [values["weight_lag"] for values in metrics] == [0.0] + [float(setting.max_staleness)] * (STEPS - 1)
+    assert any(values.get("dynamic_sampling_rounds") for values in metrics) == ("dynamic_sampling" in setting.options)
+    assert (len({values["kl_coefficient"] for values in metrics}) > 1) == ("kl_target" in setting.options)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
