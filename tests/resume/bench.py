@@ -128,7 +128,7 @@ def _kill(planned: Fault | RandomKill, directory: Path, secrets: Secrets | None)
     else:
         kill_at_random(planned, directory)
     done = steps_done(directory)
-    step = planned.step if isinstance(planned, Fault) else min(done + 1, STEPS)
+    step = planned.step if isinstance(planned, Fault) and planned.step else min(done + 1, STEPS)
     return Kill(str(planned), step, done - point_step(directory))
 
 

@@ -90,9 +90,10 @@ def random_times() -> list[Case]:
 
 def meaner() -> list[Case]:
     """Kills between the five phases, and kills of a process that is just repairing what the first kill left."""
-    ppo_lora, ppo_full = Setting("ppo", "lora", 1), Setting("ppo", "full", 0)
+    grpo_lora, ppo_lora, ppo_full = Setting("grpo", "lora", 0), Setting("ppo", "lora", 1), Setting("ppo", "full", 0)
     whole_beside = Fault("before rename", step=4, folder=RESUME_POINTS)
     return [
+        Case(grpo_lora, "replacement", (Fault("replacement", step=0, nth=2),)),
         Case(ppo_lora, "evaluation", (Fault("evaluation", step=4, nth=2),)),
         Case(ppo_full, "record", (Fault("half a line", step=5),)),
         Case(ppo_full, "replacing", (Fault("half graded", step=5), whole_beside)),

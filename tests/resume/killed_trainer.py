@@ -28,7 +28,7 @@ from trainer.evaluation import Evaluator
 from trainer.grading import GradingRound, GradingService
 from trainer.journal import Occasion, RewardJournal
 from trainer.random import Purpose
-from trainer.rollout import RolloutEngine
+from trainer.rollout import RolloutEngine, Sampling
 from trainer.update import Learner
 
 KILLED = "killed"
@@ -40,6 +40,8 @@ class Fault:
     """A name in PLACES."""
 
     step: int
+    """0 where the place itself says which step it is in."""
+
     nth: int = 1
     """The passage of the place, within the step, at which it happens."""
 
@@ -111,15 +113,23 @@ def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def in_rollout(trap: Trap) -> None:
-    """Before the n-th decode step of the step's completions."""
-
-    def generate(original: Any, engine: Any, prompts: Any, group_size: int, sampling: Any, **named: Any) -> Any:
-        with trap.set_while((sampling.purpose, sampling.step) == (Purpose.ROLLOUT, trap.fault.step)):
+def watch_sampling(trap: Trap, is_meant: Callable[[Sampling], bool]) -> None:
+    def generate(original: Any, engine: Any, prompts: Any, group_size: int, sampling: Sampling, **named: Any) -> Any:
+        with trap.set_while(is_meant(sampling)):
             return original(engine, prompts, group_size, sampling, **named)
 
     wrap(RolloutEngine, "generate", generate)
     wrap(NativeEngine, "step", trap.before)
+
+
+def in_rollout(trap: Trap) -> None:
+    """Before the n-th decode step of the step's completions."""
+    watch_sampling(trap, lambda sampling: (sampling.purpose, sampling.step) == (Purpose.ROLLOUT, trap.fault.step))
+
+
+def in_replacement(trap: Trap) -> None:
+    """Before the n-th decode step of groups that take the place of others without signal, in the first step that has such."""
+    watch_sampling(trap, lambda sampling: sampling.round_ > 0)
 
 
 def in_evaluation(trap: Trap) -> None:
@@ -250,6 +260,7 @@ def in_record(trap: Trap) -> None:
 
 PLACES: dict[str, Callable[[Trap], None]] = {
     "decode step": in_rollout,
+    "replacement": in_replacement,
     "half graded": in_grading,
     "backward": after_backward,
     "optimizer step": after_optimizer_step,

@@ -16,6 +16,8 @@ def assert_inside(fault: Fault, directory: Path, steps_done: int) -> None:
         case "decode step":
             assert steps_done < fault.step
             assert num_graded < num_rollouts
+        case "replacement":
+            assert len(journaled(directory, "rollout", steps_done + 1)) >= num_rollouts
         case "half graded":
             assert steps_done < fault.step
             assert num_graded == num_rollouts // 2

@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
     "lr_schedule": "cosine",
     "warmup_steps": 2,
     "kl_coefficient": 0.05,
+    "max_grader_failure_fraction": 1.0,
     "top_k": 30,
     "stop": ("m", "x"),
 }

@@ -4,6 +4,7 @@ Spawns trainers, as test_resume.py does.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -12,7 +13,7 @@ import pytest
 from core.grader_specs import PinnedEndpointGrader
 from core.run_directory import REWARDS
 from outbound.signing import ID_HEADER
-from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, score
+from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, score, status
 from tests.resume.bench import Result, kill_and_continue
 from tests.resume.cases import SEED, Case
 from tests.resume.comparison import differences, last_digest
@@ -23,25 +24,28 @@ from tests.resume.settings import Setting, make_directory
 SECRETS = {"inline": {"headers": {}, "signing_secret": None}}
 
 
+REFUSAL_RATE = 0.1
+
+
 class FickleGrader:
-    """A new random score for every request. When it `repeats`, the last score that it gave to the same request."""
+    """A new random score for every request, or a refusal. When it `repeats`, what it last said to the same request."""
 
     def __init__(self) -> None:
-        self.scores: dict[str, list[float]] = {}
-        """By the request's id, in the order in which they were given. No two are equal."""
+        self.answers: dict[str, list[float | None]] = {}
+        """By the request's id, in the order in which they were given. None: refused. No two scores are equal."""
 
         self.repeats = False
         self._draw = Random(SEED)
 
     def __call__(self, received: Received) -> Reply:
-        given = self.scores.setdefault(received.headers[ID_HEADER], [])
+        given = self.answers.setdefault(received.headers[ID_HEADER], [])
         if not self.repeats:
-            given.append(self._draw.random())
-        return score(given[-1])
+            given.append(None if self._draw.random() < REFUSAL_RATE else self._draw.random())
+        return status(400) if given[-1] is None else score(given[-1])
 
 
-def journaled_scores(directory: Path) -> set[float]:
-    return {json.loads(line)["reward"] for line in (directory / REWARDS).read_text().splitlines()}
+def journaled_rewards(directory: Path) -> list[float | None]:
+    return [json.loads(line)["reward"] for line in (directory / REWARDS).read_text().splitlines()]
 
 
 def directory_with(folder: Path, setting: Setting, endpoint: FakeEndpoint) -> Path:
@@ -67,4 +71,6 @@ def test_what_was_journaled_is_not_asked_again(tmp_path: Path, fickle: Case, res
         run_to_end(reference, SECRETS)
     results.append(Result(fickle, kills, last_digest(pieces[-1]), differences(reference, pieces)))
     assert results[-1].differences == []
-    assert journaled_scores(pieces[-1]) == {given[-1] for given in grader.scores.values()}, "a journaled score was asked for again"
+    used = [given[-1] for given in grader.answers.values()]
+    assert Counter(journaled_rewards(pieces[-1])) == Counter(used), "what was journaled was asked for again"
+    assert None in used
