@@ -52,7 +52,7 @@ def takes_packed_rows(model: Any) -> bool:
         return False
     batch = _probe_batch(model.device)
     groups = group_shapes(batch)
-    packed, plain = pack(batch, groups, torch.float32), pad(batch, groups)
+    packed, plain = pack(batch, groups, model.dtype), pad(batch, groups)
     try:
         seen = model.base_model(
             input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask, use_cache=False
