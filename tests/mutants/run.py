@@ -23,6 +23,7 @@ TESTS = "tests/known_bugs"
 COPIED = ("core", "graders", "outbound", "trainer", "tests/__init__.py", "tests/tiny.py", "tests/trainer", TESTS, "pyproject.toml")
 """Without what the database needs, whose import would take longer than most tests here."""
 SECONDS = 300
+WORKERS = 2
 BY_ASSERTION = ("AssertionError", "assert ", "Failed: DID NOT RAISE")
 
 
@@ -112,7 +113,7 @@ def main(bugs: list[str]) -> int:
     chosen = [patch for bug in bugs for patch in patches.get(bug, [])]
     complaints: list[str] = []
     idle = {test for bug in bugs for test in tests.get(bug, set())}
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
         plain = pool.submit(run_with, None, bugs)
         for patch, result in zip(chosen, pool.map(lambda patch: run_with(patch, [patch.stem.split("_")[0]]), chosen), strict=True):
             verdict = "caught" if result.failed else "BROKEN" if result.problem else "SURVIVED"
