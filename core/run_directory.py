@@ -189,9 +189,9 @@ def write_control(run_directory: Path, control: Control) -> None:
 
 
 def published(run_directory: Path, kind: str) -> list[Path]:
-    """The whole folders below `kind` (checkpoints or resume_points), oldest first."""
+    """The whole folders below `kind` (checkpoints or resume_points), oldest first. One that is still to be renamed is not among them."""
     folder = run_directory / kind
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}")) if folder.is_dir() else []
+    return sorted(path.parent for path in folder.glob(f"step_*[0-9]/{MANIFEST}")) if folder.is_dir() else []
 
 
 def read_manifest(folder: Path) -> Manifest:

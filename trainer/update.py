@@ -99,8 +99,10 @@ class Learner:
         return {"optimizers": optimizers, "kl_coefficient": self.kl_coefficient}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Moments and counts are those of `state`; rates and weight decay stay those of the options."""
         for name, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            own = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": own})
         self.kl_coefficient = state["kl_coefficient"]
 
     def update(self, batch: Batch, estimate: Estimate, plan: Plan, step: int) -> dict[str, float]:

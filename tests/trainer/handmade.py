@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from core.options import Options
+from trainer.advantages import make_estimator
 from trainer.batch import Batch
 
 
@@ -34,6 +36,13 @@ def make_batch(
         reference_logprobs=reference,
         values=values,
     )
+
+
+def group_advantages(rewards: list[float], group_size: int, counts: list[bool] | None = None, **options: object) -> list[float]:
+    """The advantage of each of one-token completions in consecutive groups."""
+    batch = make_batch(rewards, [[1]] * len(rewards), [i // group_size for i in range(len(rewards))], counts=counts)
+    advantages: list[float] = make_estimator(Options(kl_coefficient=0.0, **options))(batch, 0.0).advantages[:, 0].tolist()
+    return advantages
 
 
 def random_masks(num_rows: int, length: int, generator: torch.Generator, *, holes: bool = True) -> list[list[int]]:

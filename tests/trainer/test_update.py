@@ -4,112 +4,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from core.errors import Diverged
 from core.options import Options
-from core.presets import resolve_options
 from tests.trainer.batches import dense_logprobs
+from tests.trainer.learners import (
+    GROUP_SIZE,
+    GROUPS,
+    LENGTH,
+    SEPARATE,
+    SHARED,
+    changed,
+    gradients_of_one_step,
+    make_learner,
+    make_rollouts,
+    move_weights,
+    run_step,
+    state,
+)
 from trainer.advantages import make_estimator
 from trainer.batch import Batch, Estimate, Scores
-from trainer.policy import Policy
 from trainer.update import Learner, _Microbatch, explained_variance, learning_rate_factor
-
-GROUPS, GROUP_SIZE, LENGTH = 4, 2, 6
-FULL = {"finetuning": "full", "precision": "float32", "group_size": GROUP_SIZE, "batch_size": GROUPS, "max_completion_tokens": LENGTH}
-SEPARATE = {**FULL, "algorithm": "ppo", "kl_coefficient": 0.0}
-SHARED = {**SEPARATE, "value_model": "shared_backbone"}
-
-
-def make_learner(tiny: Path, *, algorithm: str = "grpo", wide: bool = False, total_steps: int = 10, **given: Any) -> Learner:
-    options = resolve_options(algorithm, {**FULL, "learning_rate": 1e-3, **given})
-    policy = Policy.load(tiny, options, 1, torch.device("cpu"))
-    if wide:
-        for model in (policy.model, policy._reference):
-            if model is not None:
-                model.double()
-    return Learner(policy, options, 1, total_steps, lambda: None)
-
-
-def make_rollouts(rewards: list[float] | None = None, seed: int = 0) -> Batch:
-    """Random tokens of the tiny vocabulary; completions of 2 to 6 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = GROUPS * GROUP_SIZE
-    groups = torch.arange(GROUPS).repeat_interleave(GROUP_SIZE)
-    prompts = torch.randint(6, 48, (GROUPS, 3), generator=generator)
-    lengths = torch.randint(2, LENGTH + 1, (rows,), generator=generator)
-    mask = torch.arange(LENGTH) < lengths[:, None]
-    return Batch(
-        prompt_ids=prompts[groups],
-        prompt_mask=torch.ones(rows, 3, dtype=torch.bool),
-        completion_ids=torch.randint(6, 48, (rows, LENGTH), generator=generator) * mask,
-        completion_mask=mask,
-        sampling_logprobs=torch.full((rows, LENGTH), -3.0) * mask,
-        rewards=torch.tensor(rewards or [0.0, 1.0, 0.5, 1.0, 1.0, 0.0, 0.2, 0.9], dtype=torch.float64),
-        counts=torch.ones(rows, dtype=torch.bool),
-        groups=groups,
-        truncated=torch.zeros(rows, dtype=torch.bool),
-    )
-
-
-def run_step(learner: Learner, batch: Batch, step: int = 1) -> dict[str, float]:
-    plan = learner.plan(batch, step)
-    scored = learner.score(batch, plan)
-    return learner.update(scored, make_estimator(learner.options)(scored, learner.kl_coefficient), plan, step)
-
-
-def state(learner: Learner) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.policy.trainable_state().items()}
-
-
-def changed(before: dict[str, Tensor], learner: Learner, prefix: str) -> bool:
-    after = learner.policy.trainable_state()
-    return any(not torch.equal(before[name], after[name]) for name in before if name.startswith(prefix))
-
-
-def gradients_of_one_step(learner: Learner, batch: Batch) -> list[Tensor]:
-    """The gradients that the optimizers are handed, in float64."""
-    seen: list[Tensor] = []
-
-    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        seen.extend(p.grad.double().clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-
-    for optimizer in learner._optimizers.values():
-        optimizer.register_step_pre_hook(keep)
-    run_step(learner, batch)
-    return seen
-
-
-SPLITS = [
-    {"kl_coefficient": 0.1, "loss_aggregation": "token_mean"},
-    {"kl_coefficient": 0.1, "loss_aggregation": "sequence_mean", "entropy_coefficient": 0.05},
-    {"kl_coefficient": 0.0, "loss_aggregation": "fixed_length"},
-    {"algorithm": "gspo"},
-]
-
-
-@pytest.mark.parametrize("given", SPLITS)
-def test_the_gradient_does_not_depend_on_the_split_into_microbatches(tiny: Path, given: dict[str, Any]) -> None:
-    batch = make_rollouts()
-    batch.sampling_logprobs = batch.sampling_logprobs.double()
-    whole, split = (
-        gradients_of_one_step(make_learner(tiny, wide=True, max_grad_norm=1e9, microbatch_tokens=tokens, **given), batch)
-        for tokens in (4096, 16)
-    )
-    assert len(make_learner(tiny, microbatch_tokens=16).plan(batch, 1)[0]) == GROUPS
-    for one, other in zip(whole, split, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("given", [SEPARATE, SHARED])
-def test_nor_does_the_gradient_of_a_value_model(tiny: Path, given: dict[str, Any]) -> None:
-    whole, split = (
-        gradients_of_one_step(make_learner(tiny, max_grad_norm=1e9, microbatch_tokens=tokens, **given), make_rollouts())
-        for tokens in (4096, 16)
-    )
-    assert len(whole) == len(split) > 0
-    for one, other in zip(whole, split, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_metrics_do_not_depend_on_the_split_into_microbatches(tiny: Path) -> None:
@@ -187,17 +102,6 @@ def test_a_rise_of_the_advantage_raises_the_log_prob(tiny: Path) -> None:
     best, worst = batch.rewards.view(GROUPS, GROUP_SIZE).argmax(1), batch.rewards.view(GROUPS, GROUP_SIZE).argmin(1)
     grouped = rise.view(GROUPS, GROUP_SIZE)
     assert (grouped.gather(1, best[:, None]) > grouped.gather(1, worst[:, None])).all()
-
-
-def test_nothing_counted_skips_the_optimizer_step_and_says_so(tiny: Path) -> None:
-    learner = make_learner(tiny, minibatches_per_batch=2)
-    batch = make_rollouts()
-    batch.counts[:] = False
-    before = state(learner)
-    report = run_step(learner, batch)
-    assert report["skipped_optimizer_steps"] == 2
-    assert "loss" not in report
-    assert not changed(before, learner, "policy")
 
 
 def test_groups_without_variance_have_no_policy_gradient_but_keep_their_kl(tiny: Path) -> None:
@@ -320,9 +224,7 @@ def test_groups_without_variance_cost_no_backward_pass_and_change_no_number(tiny
 def moved_learner(tiny: Path, **given: Any) -> Learner:
     """A learner whose weights have left those of the reference."""
     learner = make_learner(tiny, **given)
-    with torch.no_grad():
-        for index, parameter in enumerate([*learner.policy.policy_parameters(), *learner.policy.value_parameters()]):
-            parameter.add_(0.01 * torch.sin(torch.arange(parameter.numel()) + index).view(parameter.shape))
+    move_weights(learner, 0.01)
     return learner
 
 

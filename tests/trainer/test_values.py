@@ -68,19 +68,6 @@ def test_value_gradient_option_decides_whether_the_backbone_learns_from_values(t
     assert len(policy.value_parameters()) == 2
 
 
-@pytest.mark.parametrize("kind", ["separate", "shared_backbone"])
-def test_value_is_read_at_the_state_that_predicts_the_token(tiny, kind):
-    policy = make(tiny, "full", kind)
-    open_head(policy)
-    batch = make_batch(GROUPS)
-    values = policy.score(batch, 1.0, with_values=True).values
-    head = policy.value_parameters()[0]
-    for row, (prompt, completion) in enumerate((prompt, completion) for prompt, completions in GROUPS for completion in completions):
-        hidden = policy.model.base_model(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
-        expected = hidden[len(prompt) - 1 : -1] @ head
-        torch.testing.assert_close(values[row, : len(completion)], expected, rtol=0, atol=1e-4)
-
-
 def test_values_are_saved_beside_the_policy(tiny, tmp_path):
     policy = make(tiny, "lora", "separate")
     policy.save(tmp_path)
