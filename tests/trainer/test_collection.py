@@ -15,6 +15,7 @@ from tests.trainer.runs import FunctionGrader, letter_fraction, make_run_directo
 from trainer.batch import Prompt, Rollout, Support
 from trainer.collection import Pending, from_plain, to_plain
 from trainer.data import overlong_penalty
+from trainer.random import Purpose
 from trainer.rollout import RolloutEngine
 from trainer.update import Learner
 
@@ -27,7 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     generate, update = RolloutEngine.generate, Learner.update
 
     def noted_generate(self: RolloutEngine, *arguments: Any, **named: Any) -> list[Rollout]:
-        made.append(f"generate {arguments[2].step}")
+        if arguments[2].purpose == Purpose.ROLLOUT:
+            made.append(f"generate {arguments[2].step}")
         return generate(self, *arguments, **named)
 
     def noted_update(self: Learner, *arguments: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.trainer.options.observed import Observed, constant, observe
 from tests.trainer.runs import FunctionGrader
 from trainer.batch import Rollout
+from trainer.random import Purpose
 from trainer.rollout import RolloutEngine
 
 PLAIN: dict[str, Any] = {"advantage_scale": "none", "loss_aggregation": "token_mean"}
@@ -125,11 +126,13 @@ def test_option_entropy_coefficient_takes_the_entropy_off_the_loss(tmp_path: Pat
 
 
 def sampler_of_quarter_probability(patch: pytest.MonkeyPatch) -> None:
-    """From here on the sampler says that each token was four times less likely than the trainer finds."""
+    """Once preflight is over, the sampler says that each token was four times less likely than the trainer finds."""
     generate = RolloutEngine.generate
 
     def shifted(self: RolloutEngine, *arguments: Any, **named: Any) -> list[Rollout]:
         rollouts = generate(self, *arguments, **named)
+        if arguments[2].purpose == Purpose.PREFLIGHT:
+            return rollouts
         lower = float(torch.tensor(4.0).log())
         return [Rollout(**{**vars(r), "logprobs": tuple(p - lower for p in r.logprobs)}) for r in rollouts]
 
