@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def parameters(request: pytest.FixtureRequest, name: str) -> list[Any]:
-    calls = [item.callspec.params for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    """The values of parameter `name` over the tests of this folder that the session runs."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent]
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
     return list(dict.fromkeys(params[name] for params in calls if name in params))
 
 
