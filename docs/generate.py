@@ -107,7 +107,7 @@ def hyperparameters() -> str:
         f"| `{name}` | {', '.join(f'`{option}: {value}`' for option, value in options.items()) or 'the defaults'} |"
         for name, options in PRESETS.items()
     ]
-    return HEADER + "\n".join([*rows, *presets, *compatibility()]).replace("`None`", "automatic").replace("||", "/") + "\n"
+    return HEADER + "\n".join([*rows, *presets, *compatibility()]).replace("`None`", "none").replace("||", "/") + "\n"
 
 
 def configuration() -> str:
