@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 from core.grader_specs import PinnedEndpointGrader
-from graders.endpoint import EndpointGrader, RetryPolicy
+from graders.calls import RetryPolicy
+from graders.endpoint import EndpointGrader
 from graders.grade import Grade, Grader, GradeRequest
 from outbound.safe_http import NetworkPolicy
 from outbound.signing import generate_secret

@@ -18,7 +18,7 @@ import pytest
 
 from core.specs import parse_grader
 from graders.check import check_grader, check_programs
-from graders.endpoint import RETRIED_STATUSES, RetryPolicy
+from graders.calls import RETRIED_STATUSES, RetryPolicy
 from graders.formula import FUNCTIONS
 from graders.grade import GradeFailure
 from graders.python_sandbox import PythonGrader
