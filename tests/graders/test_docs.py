@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from core.specs import parse_grader
-from graders.check import check_grader, check_programs
 from graders.calls import RETRIED_STATUSES, RetryPolicy
+from graders.check import check_grader, check_programs
 from graders.formula import FUNCTIONS
 from graders.grade import GradeFailure
 from graders.python_sandbox import PythonGrader
