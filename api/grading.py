@@ -10,14 +10,19 @@ from sqlalchemy.orm import Session
 from api.requests import RunGrader
 from core.errors import InvalidRequest, NotFound
 from core.grader_specs import (
+    CallOptions,
     GraderSpec,
     InlineEndpointGrader,
+    LabelModelGrader,
     MultiGrader,
     PinnedEndpointGrader,
     PinnedGraderSpec,
+    PinnedLabelModelGrader,
     PinnedMultiGrader,
+    PinnedScoreModelGrader,
     PinnedSingleGrader,
     RegisteredEndpointGrader,
+    ScoreModelGrader,
     SingleGrader,
 )
 from database.graders import MASK, pin_grader, read_secrets
@@ -31,7 +36,7 @@ from outbound.safe_http import NetworkPolicy
 INLINE = "inline"
 CHECK_LIMITS = SandboxLimits(seconds=2.0, num_processes=1)
 RUN_TIMEOUT_SECONDS = 60.0
-"""`graders/run` asks an endpoint once, and not longer than this, whatever the grader says."""
+"""`graders/run` asks an endpoint or judge once, and not longer than this, whatever the grader says."""
 
 Secret = dict[str, Any]
 
@@ -40,7 +45,7 @@ Secret = dict[str, Any]
 class Pinned:
     spec: PinnedGraderSpec
     inline_secrets: dict[str, Secret]
-    """{secret_ref: {"headers", "signing_secret"}} of the endpoints given inline; a registered one's stay with its version."""
+    """{secret_ref: {"headers", "signing_secret"}} of endpoints and judges given inline; a registered one's stay with its version."""
 
 
 def check_sources(spec: GraderSpec, param: str) -> None:
@@ -73,25 +78,33 @@ def _pin_single(
         secrets[reference] = {"headers": spec.headers, "signing_secret": None}
         fields = spec.model_dump(exclude={"headers"})
         return PinnedEndpointGrader(**fields, secret_ref=reference, grader_version=INLINE)
+    if isinstance(spec, ScoreModelGrader | LabelModelGrader):
+        headers = {} if spec.api_key is None else {"authorization": f"Bearer {spec.api_key}"}
+        secrets[reference] = {"headers": headers, "signing_secret": None}
+        kind = PinnedScoreModelGrader if isinstance(spec, ScoreModelGrader) else PinnedLabelModelGrader
+        return kind(**spec.model_dump(exclude={"api_key"}), secret_ref=reference)
     return spec
 
 
 def masked(raw: dict[str, Any]) -> dict[str, Any]:
-    """A grader's JSON, as sent or as parsed, with the value of every header hidden."""
-    if raw.get("type") == "endpoint" and isinstance(raw.get("headers"), dict):
-        return {**raw, "headers": dict.fromkeys(raw["headers"], MASK)}
+    """A grader's JSON, as sent or as parsed, with the key and the value of every header hidden."""
+    shown = dict(raw)
+    if isinstance(raw.get("headers"), dict):
+        shown["headers"] = dict.fromkeys(raw["headers"], MASK)
+    if raw.get("api_key") is not None:
+        shown["api_key"] = MASK
     members = raw.get("graders")
-    if raw.get("type") != "multi" or members is None:
-        return raw
     if isinstance(members, list):
-        return {**raw, "graders": [masked(member) for member in members]}
-    if isinstance(members.get("type"), str):
-        return {**raw, "graders": masked(members)}
-    return {**raw, "graders": {name: masked(member) for name, member in members.items()}}
+        shown["graders"] = [masked(member) for member in members]
+    elif isinstance(members, dict) and isinstance(members.get("type"), str):
+        shown["graders"] = masked(members)
+    elif isinstance(members, dict):
+        shown["graders"] = {name: masked(member) for name, member in members.items()}
+    return shown
 
 
 def secrets_of(session: Session, secrets: Secrets, pinned: Pinned) -> dict[str, Secret]:
-    """Everything that `build_grader` needs to call the endpoints of `pinned`."""
+    """Everything that `build_grader` needs to call the endpoints and judges of `pinned`."""
     registered = {endpoint.secret_ref for endpoint in endpoints_of(pinned.spec)} - pinned.inline_secrets.keys()
     return {**pinned.inline_secrets, **{reference: read_secrets(session, secrets, reference) for reference in registered}}
 
@@ -134,6 +147,6 @@ def _for_one_try(spec: PinnedGraderSpec) -> PinnedGraderSpec:
 
 
 def _one_try(spec: PinnedSingleGrader) -> PinnedSingleGrader:
-    if not isinstance(spec, PinnedEndpointGrader):
+    if not isinstance(spec, CallOptions):
         return spec
     return spec.model_copy(update={"max_attempts": 1, "timeout_seconds": min(spec.timeout_seconds, RUN_TIMEOUT_SECONDS)})

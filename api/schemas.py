@@ -252,7 +252,8 @@ class GraderRunMetadata(BaseModel):
     type: str
     execution_time: float
     scores: dict[str, float]
-    token_usage: int | None = None
+    token_usage: dict[str, int] | None = None
+    """Tokens of all judges together."""
     sampled_model_name: str | None = None
     errors: GraderErrors
     error: GraderRunError | None
@@ -267,7 +268,7 @@ class GraderRun(BaseModel):
 
     reward: float | None
     sub_rewards: dict[str, float]
-    model_grader_token_usage_per_model: dict[str, Any] = Field(default_factory=dict)
+    model_grader_token_usage_per_model: dict[str, dict[str, int]] = Field(default_factory=dict)
     metadata: GraderRunMetadata
 
 

@@ -1,15 +1,44 @@
 """The graders that a request may name, as the wire contract spells them, and the form in which a job pins them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from core.judge_specs import JudgeMessage, SamplingParams
 
 MAX_SOURCE_BYTES = 256_000
+UNSUPPORTED_METRICS = {
+    "cosine": "'cosine' compares embeddings and is for evals, not for fine-tuning; use 'rouge_l', or an endpoint of your own",
+    "meteor": "'meteor' needs WordNet's synonyms, which this server does not have; use 'gleu' or 'rouge_l'",
+}
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"the lower bound {bounds[0]} must be below the upper bound {bounds[1]}")
+    return bounds
+
+
 Name = Annotated[str, Field(min_length=1, max_length=64)]
+Label = Annotated[str, Field(min_length=1, max_length=256)]
+ApiKey = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[\x21-\x7e]+$")]
+"""A secret: stored encrypted, shown masked."""
+Bounds = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Thresholded(_Strict):
+    """A grader whose reward reports may call passed or not."""
+
+    pass_threshold: float | None = None
+    """For reports; no effect on the reward."""
+
+    @property
+    def best_reward(self) -> float:
+        return 1.0
 
 
 class StringCheckGrader(_Strict):
@@ -29,6 +58,23 @@ class StringCheckGrader(_Strict):
         return value
 
 
+class TextSimilarityGrader(Thresholded):
+    """How much `input` is like `reference`, from 0 to 1. Both are templates."""
+
+    type: Literal["text_similarity"]
+    name: Name | None = None
+    input: str
+    reference: str
+    evaluation_metric: Literal["fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"]
+
+    @field_validator("evaluation_metric", mode="before")
+    @classmethod
+    def _explain_missing(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in UNSUPPORTED_METRICS:
+            raise ValueError(UNSUPPORTED_METRICS[value])
+        return value
+
+
 class PythonGrader(_Strict):
     """A program that defines `grade(sample, item) -> float`, run in the sandbox."""
 
@@ -39,27 +85,27 @@ class PythonGrader(_Strict):
     """Accepted for compatibility; the sandbox has one image."""
 
 
-class EndpointOptions(_Strict):
-    """How an HTTP grader is called; the same fields inline in a job and in a registered grader."""
+class CallOptions(Thresholded):
+    """How often and how long a service behind a URL is called."""
 
-    url: Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://")]
-    format: Literal["single"] = "single"
     timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 60.0
     max_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     rate_limit: Annotated[float, Field(gt=0)] | None = None
     """Requests per second."""
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 5
-    reward_range: Annotated[tuple[float, float], Field(strict=False)] | None = None
-    """A score outside is an error, not clipped."""
-    pass_threshold: float | None = None
-    """For reports; no effect on the reward."""
 
-    @field_validator("reward_range")
-    @classmethod
-    def _ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
-        if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"the lower bound {bounds[0]} must be below the upper bound {bounds[1]}")
-        return bounds
+
+class EndpointOptions(CallOptions):
+    """How an HTTP grader is called; the same fields inline in a job and in a registered grader."""
+
+    url: Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://")]
+    format: Literal["single"] = "single"
+    reward_range: Bounds | None = None
+    """A score outside is an error, not clipped."""
+
+    @property
+    def best_reward(self) -> float:
+        return self.reward_range[1] if self.reward_range else 1.0
 
 
 class InlineEndpointGrader(EndpointOptions):
@@ -89,8 +135,73 @@ class PinnedEndpointGrader(EndpointOptions):
     """`grader_abc@3` for a registered grader, `inline` otherwise; part of every sample and idempotency key."""
 
 
-SingleGrader = StringCheckGrader | PythonGrader | InlineEndpointGrader | RegisteredEndpointGrader
-PinnedSingleGrader = StringCheckGrader | PythonGrader | PinnedEndpointGrader
+class JudgeOptions(CallOptions):
+    """A language model that grades, behind an OpenAI-compatible API."""
+
+    name: Name | None = None
+    base_url: Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://[^?#]+$")]
+    """As the `openai` client takes it: what stands before `/chat/completions`."""
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Annotated[list[JudgeMessage], Field(min_length=1, max_length=64)]
+    sampling_params: SamplingParams = SamplingParams()
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_route(cls, value: str) -> str:
+        if value.rstrip("/").endswith("/chat/completions"):
+            raise ValueError("leave out '/chat/completions'; it is added to every call")
+        return value
+
+
+class ScoreModelOptions(JudgeOptions):
+    """A judge that gives a number."""
+
+    type: Literal["score_model"]
+    range: Bounds = (0.0, 1.0)
+    """A number outside is an error, not clipped."""
+
+    @property
+    def best_reward(self) -> float:
+        return self.range[1]
+
+
+class LabelModelOptions(JudgeOptions):
+    """A judge that gives one of `labels`: 1 when it is in `passing_labels`, else 0."""
+
+    type: Literal["label_model"]
+    labels: Annotated[list[Label], Field(min_length=1, max_length=64)]
+    passing_labels: Annotated[list[Label], Field(min_length=1, max_length=64)]
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("'labels' must differ from each other")
+        unknown = [label for label in self.passing_labels if label not in self.labels]
+        if unknown:
+            raise ValueError(f"'passing_labels' must be among 'labels'; {unknown[0]!r} is not")
+        return self
+
+
+class ScoreModelGrader(ScoreModelOptions):
+    api_key: ApiKey | None = None
+
+
+class LabelModelGrader(LabelModelOptions):
+    api_key: ApiKey | None = None
+
+
+class PinnedScoreModelGrader(ScoreModelOptions):
+    secret_ref: str
+
+
+class PinnedLabelModelGrader(LabelModelOptions):
+    secret_ref: str
+
+
+JudgeGrader = ScoreModelGrader | LabelModelGrader
+PinnedJudgeGrader = PinnedScoreModelGrader | PinnedLabelModelGrader
+SingleGrader = StringCheckGrader | TextSimilarityGrader | PythonGrader | InlineEndpointGrader | RegisteredEndpointGrader | JudgeGrader
+PinnedSingleGrader = StringCheckGrader | TextSimilarityGrader | PythonGrader | PinnedEndpointGrader | PinnedJudgeGrader
 
 
 class MultiGrader(_Strict):
@@ -106,6 +217,14 @@ class MultiGrader(_Strict):
     def _as_dict(cls, value: Any) -> Any:
         return named_graders(value)
 
+    @field_validator("graders")
+    @classmethod
+    def _without_threshold(cls, graders: dict[str, SingleGrader]) -> dict[str, SingleGrader]:
+        for name, member in graders.items():
+            if isinstance(member, Thresholded) and member.pass_threshold is not None:
+                raise ValueError(f"'pass_threshold' of '{name}' would have no effect inside 'multi'; leave it out")
+        return graders
+
 
 class PinnedMultiGrader(_Strict):
     type: Literal["multi"]
@@ -114,10 +233,10 @@ class PinnedMultiGrader(_Strict):
     calculate_output: str
 
 
-GraderSpec = StringCheckGrader | PythonGrader | InlineEndpointGrader | RegisteredEndpointGrader | MultiGrader
-PinnedGraderSpec = StringCheckGrader | PythonGrader | PinnedEndpointGrader | PinnedMultiGrader
+GraderSpec = SingleGrader | MultiGrader
+PinnedGraderSpec = PinnedSingleGrader | PinnedMultiGrader
 
-GRADER_TYPES = ("endpoint", "multi", "python", "string_check")
+GRADER_TYPES = ("endpoint", "label_model", "multi", "python", "score_model", "string_check", "text_similarity")
 
 
 def named_graders(value: Any) -> Any:
@@ -127,7 +246,7 @@ def named_graders(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     names = [item.get("name") if isinstance(item, dict) else None for item in value]
-    if any(name is None for name in names):
+    if not all(isinstance(name, str) for name in names):
         raise ValueError("graders given as a list need a 'name' each")
     if len(set(names)) != len(names):
         raise ValueError("graders given as a list need names that differ")

@@ -13,10 +13,14 @@ from core.grader_specs import (
     GRADER_TYPES,
     GraderSpec,
     InlineEndpointGrader,
+    LabelModelGrader,
     MultiGrader,
     PythonGrader,
     RegisteredEndpointGrader,
+    ScoreModelGrader,
     StringCheckGrader,
+    TextSimilarityGrader,
+    named_graders,
 )
 from core.options import Hyperparameters
 
@@ -65,7 +69,15 @@ class JobRequest(_Strict):
         return value if value is not None else Resources()
 
 
-_KINDS: dict[str, Any] = {"string_check": StringCheckGrader, "python": PythonGrader, "multi": MultiGrader}
+_KINDS: dict[str, Any] = {
+    "label_model": LabelModelGrader,
+    "multi": MultiGrader,
+    "python": PythonGrader,
+    "score_model": ScoreModelGrader,
+    "string_check": StringCheckGrader,
+    "text_similarity": TextSimilarityGrader,
+}
+_SECRETS = frozenset({"headers", "api_key"})
 
 
 def parse_grader(raw: Any, param: str = "grader") -> GraderSpec:
@@ -89,12 +101,16 @@ def parse_grader(raw: Any, param: str = "grader") -> GraderSpec:
 
 def _parse_members(raw: Any, param: str) -> Any:
     """The members of a multi grader, each parsed by itself so that its errors are exact; a wrong container is left to the model."""
-    if isinstance(raw, dict) and not isinstance(raw.get("type"), str):
-        for name, member in raw.items():
-            if isinstance(member, dict) and member.get("type") == "multi":
-                raise InvalidRequest("A 'multi' grader cannot contain another one.", param=f"{param}.graders.{name}.type")
-        return {name: parse_grader(member, f"{param}.graders.{name}") for name, member in raw.items()}
-    return raw
+    try:
+        members = named_graders(raw)
+    except ValueError:
+        return raw
+    if not isinstance(members, dict):
+        return raw
+    for name, member in members.items():
+        if isinstance(member, dict) and member.get("type") == "multi":
+            raise InvalidRequest("A 'multi' grader cannot contain another one.", param=f"{param}.graders.{name}.type")
+    return {name: parse_grader(member, f"{param}.graders.{name}") for name, member in members.items()}
 
 
 def parse_job_request(raw: Any) -> JobRequest:
@@ -108,7 +124,7 @@ def parse_job_request(raw: Any) -> JobRequest:
 
 
 def request_error(error: ValidationError, model: type[BaseModel], raw: Any, prefix: str) -> InvalidRequest:
-    """The first error of `error` in the API's words. Headers are secrets: what came in their place is not repeated."""
+    """The first error of `error` in the API's words. What came in place of a secret, or around one, is not repeated."""
     first = error.errors(include_url=False, include_context=False)[0]
     path = _path_in(raw, first["loc"])
     param = ".".join([prefix, *path] if prefix else path) or None
@@ -119,7 +135,7 @@ def request_error(error: ValidationError, model: type[BaseModel], raw: Any, pref
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return InvalidRequest(f"Unknown parameter: '{param}'.{hint}", code="unknown_parameter", param=param)
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    came = "" if "headers" in path else f"; got {_shorten(first.get('input'))}"
+    came = "" if _SECRETS & set(path) or isinstance(first.get("input"), dict | list) else f"; got {_shorten(first.get('input'))}"
     return InvalidRequest(f"'{param}': {first['msg'].removeprefix('Value error, ')}{came}.", code=code, param=param)
 
 

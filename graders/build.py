@@ -3,10 +3,20 @@
 from typing import Any
 
 from core.errors import GraderError
-from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec, PinnedMultiGrader, PythonGrader, StringCheckGrader
-from graders import python_sandbox, string_check
+from core.grader_specs import (
+    PinnedEndpointGrader,
+    PinnedGraderSpec,
+    PinnedLabelModelGrader,
+    PinnedMultiGrader,
+    PinnedScoreModelGrader,
+    PythonGrader,
+    StringCheckGrader,
+    TextSimilarityGrader,
+)
+from graders import python_sandbox, string_check, text_similarity
 from graders.endpoint import EndpointGrader
 from graders.grade import Grader
+from graders.model_judge import ModelJudge, label_scale, number_scale
 from graders.multi import MultiGrader
 from outbound.safe_http import NetworkPolicy
 
@@ -19,17 +29,26 @@ def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], net
     match spec:
         case StringCheckGrader():
             return string_check.StringCheckGrader(spec)
+        case TextSimilarityGrader():
+            return text_similarity.TextSimilarityGrader(spec)
         case PythonGrader():
             return python_sandbox.PythonGrader(spec.source)
         case PinnedEndpointGrader():
-            return _endpoint(spec, secrets, network)
+            secret = _secret(spec.secret_ref, secrets)
+            signing_secret = secret.get("signing_secret")
+            return EndpointGrader(spec, headers=secret.get("headers") or {}, signing_secret=signing_secret, network=network)
+        case PinnedScoreModelGrader():
+            headers = _secret(spec.secret_ref, secrets).get("headers") or {}
+            return ModelJudge(spec, number_scale(spec), headers=headers, network=network)
+        case PinnedLabelModelGrader():
+            headers = _secret(spec.secret_ref, secrets).get("headers") or {}
+            return ModelJudge(spec, label_scale(spec), headers=headers, network=network)
         case PinnedMultiGrader():
             members = {name: build_grader(member, secrets, network) for name, member in spec.graders.items()}
             return MultiGrader(members, spec.calculate_output)
 
 
-def _endpoint(spec: PinnedEndpointGrader, secrets: dict[str, dict[str, Any]], network: NetworkPolicy) -> EndpointGrader:
-    secret = secrets.get(spec.secret_ref)
-    if secret is None:
-        raise GraderError(f"The secrets of grader '{spec.secret_ref}' were not handed over.", code="grader_secret_missing")
-    return EndpointGrader(spec, headers=secret.get("headers") or {}, signing_secret=secret.get("signing_secret"), network=network)
+def _secret(secret_ref: str, secrets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if secret_ref not in secrets:
+        raise GraderError(f"The secrets of grader '{secret_ref}' were not handed over.", code="grader_secret_missing")
+    return secrets[secret_ref]

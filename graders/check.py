@@ -3,6 +3,7 @@
 from core.grader_specs import (
     GraderSpec,
     InlineEndpointGrader,
+    JudgeOptions,
     MultiGrader,
     PinnedEndpointGrader,
     PinnedGraderSpec,
@@ -27,6 +28,8 @@ def check_grader(spec: GraderSpec, network: NetworkPolicy, param: str = "grader"
     if isinstance(spec, InlineEndpointGrader):
         check_url(spec.url, network, param=f"{param}.url")
         check_headers(spec.headers, param=f"{param}.headers")
+    if isinstance(spec, JudgeOptions):
+        check_url(spec.base_url, network, param=f"{param}.base_url")
 
 
 async def check_programs(spec: GraderSpec | PinnedGraderSpec, param: str = "grader", limits: SandboxLimits | None = None) -> None:

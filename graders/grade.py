@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -30,6 +31,8 @@ class GradeFailure(StrEnum):
     PYTHON_TIMEOUT = "python_grader_timeout"
     PYTHON_MEMORY = "python_grader_out_of_memory"
     PYTHON_SERVER = "python_grader_server_error"
+    MODEL_REFUSAL = "model_grader_refusal_error"
+    MODEL_PARSE = "model_grader_parse_error"
 
 
 OUTAGES = frozenset({GradeFailure.TIMEOUT, GradeFailure.CONNECTION, GradeFailure.HTTP, GradeFailure.PYTHON_SERVER})
@@ -85,6 +88,12 @@ class Grade:
     abstained: bool = False
     """The grader answered `"score": null`: the sample is left out; neither an error nor a 0."""
 
+    model: str | None = None
+    """The judge that was asked; of a multi grade, the judge that made it fail."""
+
+    token_usage: dict[str, dict[str, int]] = field(default_factory=dict)
+    """{a judge's model: {"prompt_tokens", "completion_tokens", "cached_tokens", "total_tokens"}}, as far as the judges told."""
+
     @property
     def is_outage(self) -> bool:
         return self.error in OUTAGES
@@ -114,6 +123,16 @@ def failed(failure: GradeFailure, message: str, *, attempts: int = 1, latency_se
         attempts=attempts,
         latency_seconds=latency_seconds,
     )
+
+
+def add_usage(usages: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """The tokens of several grades, by model."""
+    totals: dict[str, dict[str, int]] = {}
+    for usage in usages:
+        for model, tokens in usage.items():
+            before = totals.get(model, {})
+            totals[model] = {name: before.get(name, 0) + count for name, count in tokens.items()}
+    return totals
 
 
 def shorten(text: str, max_characters: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from graders.formula import FormulaValueError, parse_formula
-from graders.grade import MAX_EXPLANATION_CHARACTERS, Grade, GradeFailure, Grader, GradeRequest, failed, shorten
+from graders.grade import MAX_EXPLANATION_CHARACTERS, Grade, GradeFailure, Grader, GradeRequest, add_usage, failed, shorten
 
 
 class MultiGrader:
@@ -28,6 +28,7 @@ class MultiGrader:
             explanation=_explanation(grades),
             attempts=max(grade.attempts for grade in grades.values()),
             latency_seconds=time.monotonic() - started,
+            token_usage=add_usage(grade.token_usage for grade in grades.values()),
         )
         return combined
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from core.grader_specs import StringCheckGrader as StringCheckSpec
-from graders.grade import Grade, GradeFailure, GradeRequest, failed
-from graders.template import InvalidVariable, render
+from graders.grade import Grade, GradeRequest
+from graders.template import InvalidVariable, render, ungradable
 
 OPERATIONS: dict[str, Callable[[str, str], bool]] = {
     "eq": lambda text, reference: text == reference,
@@ -24,10 +24,7 @@ class StringCheckGrader:
             text = render(self._spec.input, request.item, request.sample)
             reference = render(self._spec.reference, request.item, request.sample)
         except InvalidVariable as error:
-            if error.variable.startswith("sample.output_json"):
-                # The completion was asked for this JSON and does not have it: a wrong answer, not a broken grader.
-                return Grade(0.0, explanation=f"The completion lacks '{error.variable}'.")
-            return failed(GradeFailure.INVALID_VARIABLE, error.message)
+            return ungradable(error)
         return Grade(1.0 if self._holds(text, reference) else 0.0)
 
     async def close(self) -> None:

@@ -8,7 +8,17 @@ import re
 from typing import Any
 
 from core.errors import InvalidRequest
-from core.grader_specs import GraderSpec, MultiGrader, PinnedGraderSpec, PinnedMultiGrader, StringCheckGrader
+from core.grader_specs import (
+    GraderSpec,
+    JudgeOptions,
+    MultiGrader,
+    PinnedGraderSpec,
+    PinnedMultiGrader,
+    StringCheckGrader,
+    TextSimilarityGrader,
+)
+from core.judge_specs import AudioPart, ImagePart, JudgeMessage
+from graders.grade import Grade, GradeFailure, failed
 
 SAMPLE_VARIABLES = frozenset({"output_text", "output_json", "output_tools", "choices"})
 _PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
@@ -27,6 +37,14 @@ class InvalidVariable(InvalidRequest):
 def render(template: str, item: dict[str, Any], sample: dict[str, Any]) -> str:
     """`template` with every variable replaced: strings as they are, everything else as JSON. Raises: InvalidVariable."""
     return _PLACEHOLDER.sub(lambda match: _as_text(lookup(match[1].strip(), item, sample)), template)
+
+
+def ungradable(error: InvalidVariable, worst: float = 0.0) -> Grade:
+    """The grade where a template cannot be filled: the `worst` reward if the completion lacks the JSON it was asked for, else a failure."""
+    if error.variable.startswith("sample.output_json"):
+        # A wrong answer, not a broken grader.
+        return Grade(worst, explanation=f"The completion lacks '{error.variable}'.")
+    return failed(GradeFailure.INVALID_VARIABLE, error.message)
 
 
 def template_variables(template: str) -> list[str]:
@@ -81,9 +99,18 @@ def _templates(spec: GraderSpec | PinnedGraderSpec, param: str) -> list[tuple[st
     """(path of the field, template) of every template in `spec`."""
     if isinstance(spec, MultiGrader | PinnedMultiGrader):
         return [pair for name, member in spec.graders.items() for pair in _templates(member, f"{param}.graders.{name}")]
-    if isinstance(spec, StringCheckGrader):
+    if isinstance(spec, StringCheckGrader | TextSimilarityGrader):
         return [(f"{param}.input", spec.input), (f"{param}.reference", spec.reference)]
+    if isinstance(spec, JudgeOptions):
+        return [(f"{param}.input.{number}.content", text) for number, message in enumerate(spec.input) for text in _texts(message)]
     return []
+
+
+def _texts(message: JudgeMessage) -> list[str]:
+    return [
+        part.image_url if isinstance(part, ImagePart) else part.input_audio.data if isinstance(part, AudioPart) else part.text
+        for part in message.content
+    ]
 
 
 def _steps(variable: str) -> list[str]:

@@ -51,7 +51,7 @@ def check_url(url: str, policy: NetworkPolicy, param: str = "url") -> None:
     if parsed.port is not None and not 0 < parsed.port < 65536:
         raise AddressRefused(f"'{param}' has no such port: {parsed.port}.", param=param)
     if parsed.userinfo:
-        raise AddressRefused(f"'{param}' must not hold a user name or password; send them in 'headers'.", param=param)
+        raise AddressRefused(f"'{param}' must not hold a user name or password; a URL is shown as it is.", param=param)
     if parsed.scheme == "http" and not policy.allow_http and not policy.allowed_private_networks:
         raise AddressRefused(f"'{param}' must begin with https:// on this server.", param=param)
     literal = _literal_address(parsed.host)

@@ -12,7 +12,7 @@ import torch
 
 from core.compatibility import broken_rules, refusal
 from core.errors import InvalidRequest, TrainingError, boundary
-from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec
+from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec, Thresholded
 from core.options import Options
 from core.run_directory import JOB, ResolvedJob
 
@@ -77,12 +77,10 @@ def grader_version(spec: PinnedGraderSpec) -> str:
 
 
 def pass_threshold(spec: PinnedGraderSpec) -> float:
-    """The reward from which a completion counts as passed in reports: the endpoint's, its best score, or 1."""
-    if not isinstance(spec, PinnedEndpointGrader):
+    """The reward from which a completion counts as passed in reports: the grader's own threshold, else its best reward."""
+    if not isinstance(spec, Thresholded):
         return 1.0
-    if spec.pass_threshold is not None:
-        return spec.pass_threshold
-    return spec.reward_range[1] if spec.reward_range else 1.0
+    return spec.best_reward if spec.pass_threshold is None else spec.pass_threshold
 
 
 def set_up_machine(job: ResolvedJob) -> torch.device:

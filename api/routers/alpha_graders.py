@@ -25,6 +25,14 @@ STRING_CHECK = {
     "reference": "{{item.answer}}",
     "operation": "eq",
 }
+JUDGE = {
+    "type": "score_model",
+    "name": "taste",
+    "base_url": "https://judge.example.com/v1",
+    "api_key": "...",
+    "model": "judge-large",
+    "input": [{"role": "user", "content": "Right: {{item.answer}}. How right is this, from 0 to 1? {{sample.output_text}}"}],
+}
 PYTHON = {"type": "python", "name": "length", "source": "def grade(sample, item):\n    return min(1.0, len(sample['output_text']) / 100)"}
 
 
@@ -34,9 +42,9 @@ async def run_grader(body: JsonBody, caller: GraderWriter, services: HasServices
     return await to_thread.run_sync(partial(_run, body, caller, services), limiter=services.grader_runs)
 
 
-@router.post("/validate", openapi_extra=documents(ValidateGraderBody, python={"grader": PYTHON}))
+@router.post("/validate", openapi_extra=documents(ValidateGraderBody, python={"grader": PYTHON}, judge={"grader": JUDGE}))
 async def validate_grader(body: JsonBody, caller: GraderWriter, services: HasServices) -> GraderValidation:
-    """The grader as it is understood, header values masked. Programs are loaded in the sandbox, endpoints are not called."""
+    """The grader as it is understood, secrets masked. Programs are loaded in the sandbox, endpoints and judges are not called."""
     return await to_thread.run_sync(partial(_validate, body, caller, services), limiter=services.grader_runs)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from core.errors import InvalidRequest
-from core.grader_specs import MultiGrader, RegisteredEndpointGrader
+from core.grader_specs import MultiGrader, RegisteredEndpointGrader, ScoreModelGrader
+from core.judge_specs import SamplingParams
 from core.rows import parse_row
 from core.specs import parse_grader, parse_job_request
 
@@ -63,6 +64,42 @@ def test_multi_graders_may_be_a_dict_a_list_or_one(graders: Any, names: list[str
     grader = parse_grader({"type": "multi", "graders": graders, "calculate_output": "+".join(names)})
     assert isinstance(grader, MultiGrader)
     assert list(grader.graders) == names
+
+
+JUDGE = {"type": "score_model", "base_url": "https://host/v1", "model": "m", "input": [{"role": "user", "content": "x"}]}
+
+
+@pytest.mark.parametrize("content", ["x", {"type": "input_text", "text": "x"}, [{"type": "input_text", "text": "x"}]])
+def test_content_of_a_judges_message_may_be_a_text_a_part_or_parts(content: Any) -> None:
+    grader = parse_grader({**JUDGE, "input": [{"role": "user", "content": content}]})
+    assert isinstance(grader, ScoreModelGrader)
+    assert [part.model_dump() for part in grader.input[0].content] == [{"type": "input_text", "text": "x"}]
+    assert (grader.range, grader.sampling_params) == ((0.0, 1.0), SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"input": [{"role": "user", "content": []}]}, "grader.input.0.content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "grader.input.0.content.0.text"),
+        ({"input": [{"role": "user", "content": [{"type": "input_film", "text": "x"}]}]}, "grader.input.0.content.0"),
+        ({"input": [{"role": "user"}]}, "grader.input.0.content"),
+        ({"base_url": "judge.example.com"}, "grader.base_url"),
+        ({"range": [0]}, "grader.range.1"),
+        ({"type": "label_model", "labels": []}, "grader.labels"),
+    ],
+)
+def test_wrong_field_of_a_judge_is_named(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_grader({**JUDGE, **changes})
+    assert caught.value.param == param
+
+
+def test_wrong_grader_in_a_list_names_its_own_field() -> None:
+    graders = [{**STRING_CHECK, "name": "a"}, {**STRING_CHECK, "name": "b", "inptu": ""}]
+    with pytest.raises(InvalidRequest) as caught:
+        parse_grader({"type": "multi", "graders": graders, "calculate_output": "a"})
+    assert (caught.value.code, caught.value.param) == ("unknown_parameter", "grader.graders.b.inptu")
 
 
 def test_registered_endpoint_is_told_from_an_inline_one() -> None:

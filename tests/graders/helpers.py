@@ -1,14 +1,17 @@
 """What the grader tests share."""
 
 import asyncio
+import json
 from typing import Any
 
-from core.grader_specs import PinnedEndpointGrader
-from graders.endpoint import EndpointGrader, RetryPolicy
+from core.grader_specs import PinnedEndpointGrader, PinnedScoreModelGrader
+from graders.calls import RetryPolicy
+from graders.endpoint import EndpointGrader
 from graders.grade import Grade, Grader, GradeRequest
+from graders.model_judge import ModelJudge, number_scale
 from outbound.safe_http import NetworkPolicy
 from outbound.signing import generate_secret
-from tests.fake_endpoint import LOOPBACK, FakeEndpoint
+from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Reply, answer
 
 SECRET = generate_secret()
 FAST = RetryPolicy(base_seconds=0.01, cap_seconds=0.02)
@@ -52,3 +55,42 @@ async def grade_all(grader: Grader, *requests: GradeRequest) -> list[Grade]:
 
 def grade(grader: Grader, one: GradeRequest | None = None) -> Grade:
     return asyncio.run(grade_all(grader, one or request()))[0]
+
+
+def completion(content: str | None, **message: Any) -> Reply:
+    """A judge's answer that holds `content`."""
+    usage = {"prompt_tokens": 30, "completion_tokens": 5, "total_tokens": 35, "prompt_tokens_details": {"cached_tokens": 20}}
+    choice = {
+        "index": 0,
+        "finish_reason": message.pop("finish_reason", "stop"),
+        "message": {"role": "assistant", "content": content, **message},
+    }
+    return answer({"object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def verdict(result: Any, *steps: str) -> Reply:
+    """A judge's answer as the schema wants it."""
+    return completion(json.dumps({"steps": [{"description": "step", "conclusion": step} for step in steps], "result": result}))
+
+
+def base_url(endpoint: FakeEndpoint) -> str:
+    return f"http://localhost:{endpoint.port}/v1"
+
+
+def judge_spec(url: str, **options: Any) -> PinnedScoreModelGrader:
+    fixed = {"type": "score_model", "secret_ref": "inline", "model": "judge-1", "timeout_seconds": 5.0}
+    messages = [{"role": "user", "content": "Grade {{ sample.output_text }} against {{ item.answer }}."}]
+    return PinnedScoreModelGrader.model_validate({**fixed, "base_url": url, "input": messages, **options})
+
+
+def judge(
+    endpoint: FakeEndpoint | str,
+    *,
+    key: str | None = "sk-judge-key",
+    network: NetworkPolicy | None = None,
+    retry: RetryPolicy = FAST,
+    **options: Any,
+) -> ModelJudge:
+    spec = judge_spec(endpoint if isinstance(endpoint, str) else base_url(endpoint), **options)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    return ModelJudge(spec, number_scale(spec), headers=headers, network=network or NetworkPolicy(LOOPBACK), retry=retry)

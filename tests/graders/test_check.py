@@ -13,13 +13,29 @@ STRING_CHECK = {"type": "string_check", "input": "{{sample.output_text}}", "refe
 ENDPOINT = {"type": "endpoint", "url": "https://example.com/grade", "headers": {"authorization": "Bearer secret-value"}}
 PYTHON = {"type": "python", "source": "def grade(sample, item):\n    return 1.0"}
 
+SIMILAR = {"type": "text_similarity", "input": "{{sample.output_text}}", "reference": "{{item.answer}}", "evaluation_metric": "bleu"}
+JUDGE = {
+    "type": "score_model",
+    "base_url": "https://example.com/v1",
+    "api_key": "secret-value",
+    "model": "judge-1",
+    "input": [{"role": "user", "content": "{{sample.output_text}}"}],
+}
+LABEL = {**JUDGE, "type": "label_model", "labels": ["a", "b"], "passing_labels": ["a"]}
+
 
 def multi(formula: str, **members: Any) -> dict[str, Any]:
     return {"type": "multi", "graders": members, "calculate_output": formula}
 
 
 @pytest.mark.parametrize(
-    "raw", [STRING_CHECK, ENDPOINT, PYTHON, multi("0.5 * a + b", a=STRING_CHECK, b=ENDPOINT), {"type": "endpoint", "grader_id": "grader_a"}]
+    "raw",
+    [
+        *(STRING_CHECK, ENDPOINT, PYTHON, SIMILAR, JUDGE, LABEL),
+        multi("0.5 * a + b", a=STRING_CHECK, b=ENDPOINT),
+        multi("a + b + c", a=SIMILAR, b=JUDGE, c=LABEL),
+        {"type": "endpoint", "grader_id": "grader_a"},
+    ],
 )
 def test_good_grader_passes(raw: dict[str, Any]) -> None:
     check_grader(parse_grader(raw), NetworkPolicy())
@@ -34,6 +50,17 @@ def test_good_grader_passes(raw: dict[str, Any]) -> None:
         ({**ENDPOINT, "url": "https://me:secret-value@example.com/"}, "address_refused", "grader.url"),
         ({**ENDPOINT, "headers": {"host": "secret-value"}}, "invalid_value", "grader.headers.host"),
         ({**ENDPOINT, "headers": {"x-a": "secret-value\n"}}, "invalid_value", "grader.headers.x-a"),
+        ({**SIMILAR, "reference": "{{ nothing }}"}, "invalid_variable_error", "grader.reference"),
+        ({**JUDGE, "base_url": "https://127.0.0.1/v1"}, "address_refused", "grader.base_url"),
+        ({**JUDGE, "base_url": "http://example.com/v1"}, "address_refused", "grader.base_url"),
+        ({**JUDGE, "base_url": "https://me:secret-value@example.com/v1"}, "address_refused", "grader.base_url"),
+        ({**JUDGE, "input": [{"role": "user", "content": "{{ x }}"}]}, "invalid_variable_error", "grader.input.0.content"),
+        (
+            {**LABEL, "input": [{"role": "user", "content": {"type": "input_image", "image_url": "{{ x }}"}}]},
+            "invalid_variable_error",
+            "grader.input.0.content",
+        ),
+        (multi("a", a={**JUDGE, "base_url": "https://10.0.0.1/v1"}), "address_refused", "grader.graders.a.base_url"),
         (multi("a +", a=STRING_CHECK), "formula_parse_error", "grader.calculate_output"),
         (multi("a + b", a=STRING_CHECK), "formula_parse_error", "grader.calculate_output"),
         (multi("a", a={**STRING_CHECK, "reference": "{{x}}"}), "invalid_variable_error", "grader.graders.a.reference"),

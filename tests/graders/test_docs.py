@@ -15,17 +15,20 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter
 
+from core.grader_specs import GRADER_TYPES, PinnedGraderSpec
 from core.specs import parse_grader
+from graders.build import build_grader
+from graders.calls import RETRIED_STATUSES, RetryPolicy
 from graders.check import check_grader, check_programs
-from graders.endpoint import RETRIED_STATUSES, RetryPolicy
 from graders.formula import FUNCTIONS
 from graders.grade import GradeFailure
 from graders.python_sandbox import PythonGrader
 from graders.reply import parse_reply
 from outbound.safe_http import NetworkPolicy
-from tests.fake_endpoint import FakeEndpoint, score
-from tests.graders.helpers import SECRET, endpoint_grader, grade, request
+from tests.fake_endpoint import LOOPBACK, FakeEndpoint, score
+from tests.graders.helpers import SECRET, base_url, endpoint_grader, grade, request, verdict
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/graders.md").read_text()
@@ -37,6 +40,12 @@ def blocks(language: str) -> list[str]:
 
 JSON_BLOCKS: list[dict[str, Any]] = [json.loads(text) for text in blocks("json")]
 SPECS = [block for block in JSON_BLOCKS if "type" in block]
+PINNED: TypeAdapter[PinnedGraderSpec] = TypeAdapter(PinnedGraderSpec)
+
+
+def spec_of(kind: str) -> dict[str, Any]:
+    (spec,) = [spec for spec in SPECS if spec["type"] == kind]
+    return spec
 
 
 @contextmanager
@@ -65,7 +74,7 @@ def wait_for(port: int) -> None:
 
 
 def test_the_page_shows_every_kind() -> None:
-    assert {spec["type"] for spec in SPECS} == {"string_check", "python", "endpoint", "multi"}
+    assert {spec["type"] for spec in SPECS} == set(GRADER_TYPES)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec["type"]))
@@ -79,6 +88,24 @@ def test_program_of_the_page_grades() -> None:
     (source,) = [text for text in blocks("python") if "def grade(" in text]
     rewards = [grade(PythonGrader(source), request(text)).reward for text in ("so 2 + 2 = 4", "5", "no idea")]
     assert rewards == [1.0, 0.1, 0.0]
+
+
+def test_text_similarity_of_the_page_grades() -> None:
+    spec: Any = parse_grader(spec_of("text_similarity"))
+    result = grade(build_grader(spec, {}, NetworkPolicy()), request("a dog ran", item={"summary": "the dog ran home"}))
+    assert result.reward == pytest.approx(2 * 2 / (3 + 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "reward"), [("score_model", 8.5, 8.5), ("label_model", "neutral", 1.0), ("label_model", "rude", 0.0)]
+)
+def test_judge_of_the_page_grades(kind: str, result: Any, reward: float) -> None:
+    with FakeEndpoint([verdict(result)]) as server:
+        sent = {**spec_of(kind), "base_url": base_url(server)}
+        pinned = PINNED.validate_python({**{name: value for name, value in sent.items() if name != "api_key"}, "secret_ref": "inline"})
+        secrets = {"inline": {"headers": {"authorization": "Bearer x"}}}
+        graded = grade(build_grader(pinned, secrets, NetworkPolicy(LOOPBACK)), request(item={"question": "2 + 2?", "answer": "4"}))
+    assert (graded.reward, graded.error) == (reward, None)
 
 
 def test_server_of_the_page_grades_signed_calls_and_refuses_others(tmp_path: Path) -> None:

@@ -2,15 +2,14 @@ import asyncio
 import itertools
 import json
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from typing import Any
 
 import pytest
 import standardwebhooks
 
 from core.errors import InvalidRequest
-from graders.endpoint import RetryPolicy, _retry_after, check_headers
+from graders.calls import RetryPolicy
+from graders.endpoint import check_headers
 from outbound.safe_http import NetworkPolicy
 from tests.fake_endpoint import FakeEndpoint, Received, Reply, answer, dripping, hang, score, status
 from tests.graders.helpers import FAST, SECRET, endpoint_grader, grade, grade_all, request
@@ -160,29 +159,6 @@ def test_retry_after_beyond_the_deadline_ends_the_grade_at_once() -> None:
         result = grade(endpoint_grader(endpoint, retry=RetryPolicy(deadline_seconds=20.0)))
         assert (result.error, result.attempts) == ("grader_http_error", 1)
         assert time.monotonic() - started < 5.0
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "high"),
-    [(None, 0, 0), ("5", 5, 5), ("soon", 0, 0), ("-5", 0, 0), ("nan", 0, 0), ("9" * 30, 0, 0)],
-)
-def test_retry_after_in_seconds(value: str | None, low: float, high: float) -> None:
-    assert low <= _retry_after(value) <= high
-
-
-def test_retry_after_as_a_date() -> None:
-    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
-    past = format_datetime(datetime.now(UTC) - timedelta(seconds=20), usegmt=True)
-    assert 15 < _retry_after(soon) <= 20
-    assert _retry_after(past) == 0.0
-
-
-def test_waits_double_with_full_jitter_up_to_the_cap() -> None:
-    policy = RetryPolicy(base_seconds=1.0, cap_seconds=4.0)
-    for attempt, most in [(1, 1.0), (2, 2.0), (3, 4.0), (9, 4.0)]:
-        waits = [policy.wait_seconds(attempt, 0.0) for _ in range(300)]
-        assert 0.0 <= min(waits) < 0.2 * most
-        assert 0.8 * most < max(waits) <= most
 
 
 @pytest.mark.parametrize("reply", [hang(), dripping(0.02), status(503)], ids=["hang", "drip", "503"])

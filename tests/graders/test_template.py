@@ -95,6 +95,24 @@ def test_members_of_a_multi_grader_are_checked_too() -> None:
     assert caught.value.param == "grader.graders.first.reference"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ item.gold }}",
+        [{"type": "input_text", "text": "x"}, {"type": "output_text", "text": "{{ item.gold }}"}],
+        {"type": "input_image", "image_url": "{{ item.gold }}"},
+        {"type": "input_audio", "input_audio": {"data": "{{ item.gold }}", "format": "wav"}},
+    ],
+)
+def test_every_text_that_a_judge_is_sent_is_checked_against_the_rows(content: Any) -> None:
+    messages = [{"role": "system", "content": "Judge."}, {"role": "user", "content": content}]
+    judge = parse_grader({"type": "score_model", "base_url": "https://example.com/v1", "model": "judge-1", "input": messages})
+    check_templates(judge, {"gold": "1"}, 2)
+    with pytest.raises(InvalidRequest, match=r"Line 2: .*item\.gold") as caught:
+        check_templates(judge, {"answer": "1"}, 2)
+    assert (caught.value.code, caught.value.param) == ("invalid_variable_error", "grader.input.1.content")
+
+
 @pytest.mark.parametrize("template", ["{{ itm.answer }}", "{{ sample.text }}", "{{ item }}"])
 def test_a_variable_that_no_row_could_have_is_refused_without_a_row(template: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
