@@ -85,7 +85,7 @@ def test_content_of_a_judges_message_may_be_a_text_a_part_or_parts(content: Any)
         ({"input": [{"role": "user", "content": [{"type": "input_film", "text": "x"}]}]}, "grader.input.0.content.0"),
         ({"input": [{"role": "user"}]}, "grader.input.0.content"),
         ({"base_url": "judge.example.com"}, "grader.base_url"),
-        ({"range": [0]}, "grader.range.1"),
+        ({"range": [0]}, "grader.range"),
         ({"type": "label_model", "labels": []}, "grader.labels"),
     ],
 )
