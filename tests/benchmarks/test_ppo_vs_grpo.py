@@ -2,19 +2,32 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.comparison_table import Column, Learned, Timed, make_table, models_held, read_learned, read_timed
 from benchmarks.ppo_vs_grpo import CONFIGURATIONS, LAST_INTEGER, TIME, Configuration, plan
-from benchmarks.trainer_runs import has_succeeded, read_metrics
+from benchmarks.trainer_runs import RunFailed, ensure_run, has_succeeded, read_metrics
 from core.options import Options
-from core.run_directory import METRICS, OUTCOME, SAMPLES, End, LineWriter, MetricsLine, Outcome, publish_json
+from core.run_directory import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    OUTCOME,
+    SAMPLES,
+    End,
+    LineWriter,
+    MetricsLine,
+    Outcome,
+    ResolvedJob,
+    publish_json,
+)
 from examples.demo import settings
 from examples.endpoint_grader import MODES
 from graders.grade import GradeRequest
 from graders.python_sandbox import PythonGrader
-from tests.trainer.runs import make_run_directory
+from tests.trainer.runs import letter_rows, make_run_directory
 from trainer.config import load_job
 
 GRPO, PPO, PPO_SINGLE = CONFIGURATIONS
@@ -44,7 +57,9 @@ def test_each_round_begins_with_another_configuration_and_has_all_of_them() -> N
     assert len({task.folder(Path()) for task in tasks}) == len(tasks)
 
 
-@pytest.mark.parametrize("text", ["76", "It is 76.", "47 + 29 = 76", "76 = 47 + 29", "-76", "x76y", "7 6", "", "seventy-six", "76\n", "76.0"])
+@pytest.mark.parametrize(
+    "text", ["76", "It is 76.", "47 + 29 = 76", "76 = 47 + 29", "-76", "x76y", "7 6", "", "seventy-six", "76\n", "76.0"]
+)
 def test_the_grader_agrees_with_the_one_of_the_demo(text: str) -> None:
     async def grade() -> float | None:
         grader = PythonGrader(LAST_INTEGER)
@@ -133,3 +148,24 @@ def test_a_line_that_the_trainer_is_still_writing_is_not_read(tmp_path: Path) ->
     line = MetricsLine(step=1, phase="train", values={"reward_mean": 0.5}).model_dump_json()
     (tmp_path / METRICS).write_text(f"{line}\n{line[:20]}")
     assert len(read_metrics(tmp_path, "train")) == 1
+
+
+def make_job(folder: Path, **options: Any) -> tuple[ResolvedJob, Path]:
+    """A job for the tiny model, and the model's folder."""
+    directory = make_run_directory(folder, max_steps=2, eval_interval=2, checkpoint_interval=2, **options)
+    return load_job(directory), directory / MODEL
+
+
+def test_a_run_is_made_once_and_again_only_for_another_job(tmp_path: Path) -> None:
+    """Spawns the trainer: that the real program runs in such a directory is what is tested."""
+    job, model = make_job(tmp_path / "job")
+    folder, rows = tmp_path / "run", letter_rows(8)
+    ensure_run(folder, job, model, rows, rows)
+    assert [line.step for line in read_metrics(folder, "train")] == [1, 2]
+    assert [line.step for line in read_metrics(folder, "valid")] == [0, 2]
+    assert not (folder / CHECKPOINTS).exists()
+    written = (folder / METRICS).stat().st_mtime_ns
+    ensure_run(folder, job, model, rows, rows)
+    assert (folder / METRICS).stat().st_mtime_ns == written
+    with pytest.raises(RunFailed, match="messages"):
+        ensure_run(folder, job.model_copy(update={"seed": 2}), model, [{"letter": "a"}], [])
