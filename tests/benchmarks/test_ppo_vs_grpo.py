@@ -1,6 +1,7 @@
 """The parts of the comparison that need no training: what is compared, how it is graded, how the table comes out of the runs."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks.trainer_runs import RunFailed, ensure_run, has_succeeded, read_m
 from core.options import Options
 from core.run_directory import (
     CHECKPOINTS,
+    JOB,
     METRICS,
     MODEL,
     OUTCOME,
@@ -142,6 +144,8 @@ def test_only_the_finished_run_of_the_same_job_is_kept(tmp_path: Path) -> None:
     publish_json(folder / OUTCOME, Outcome(end=End.SUCCEEDED, step=2))
     assert has_succeeded(folder, job)
     assert not has_succeeded(folder, job.model_copy(update={"job_id": "benchmark-of-another-commit"}))
+    (folder / JOB).write_text(json.dumps({**job.model_dump(mode="json"), "an_option_of_another_version": 1}))
+    assert not has_succeeded(folder, job)
 
 
 def test_a_line_that_the_trainer_is_still_writing_is_not_read(tmp_path: Path) -> None:
