@@ -138,17 +138,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="of each run that learns")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each configuration that learn")
     parser.add_argument("--rounds", type=int, default=3, help=f"timed runs of each configuration, of {TIMED_STEPS} steps")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a timed run")
+    parser.add_argument("--learn-threads", type=int, default=os.cpu_count(), help="of a run that learns: fewer leave room for other work")
     return parser.parse_args()
 
 
 def main() -> None:
     given = parse_arguments()
     commit = describe_commit()
-    tasks = plan(LEARN, given.steps, given.seeds, given.threads) + plan(TIME, TIMED_STEPS, given.rounds, given.threads)
+    tasks = plan(LEARN, given.steps, given.seeds, given.learn_threads) + plan(TIME, TIMED_STEPS, given.rounds, given.threads)
     make_runs(given.work, [task for task in tasks if given.phase in (None, task.phase)], commit)
+    command = " ".join("WORK_FOLDER" if argument == str(given.work) else argument for argument in sys.argv[1:])
     print(f"\nMachine: {describe_machine()}, {given.threads} threads  ")
-    print(f"Commit: {commit}  \nCommand: `python -m benchmarks.ppo_vs_grpo {' '.join(sys.argv[1:])}`\n")
+    print(f"Commit: {commit}  \nCommand: `python -m benchmarks.ppo_vs_grpo {command}`\n")
     print(make_table(read_columns(given.work, tasks, commit)))
 
 

@@ -1,5 +1,6 @@
 """Real runs of `python -m trainer`, made and followed without worker or database. The run directory is the record of what was measured."""
 
+import json
 import shutil
 import sys
 import time
@@ -49,8 +50,8 @@ def ensure_run(folder: Path, job: ResolvedJob, model: Path, training: list[Row],
 
 
 def has_succeeded(folder: Path, job: ResolvedJob) -> bool:
-    """Whether `folder` holds the whole run of just this job."""
-    if not (folder / JOB).exists() or ResolvedJob.model_validate_json((folder / JOB).read_text()) != job:
+    """Whether `folder` holds the whole run of just this job. Job files of other versions need not parse."""
+    if not (folder / JOB).exists() or json.loads((folder / JOB).read_text()) != job.model_dump(mode="json"):
         return False
     outcome = read_outcome(folder)
     return outcome is not None and outcome.end is End.SUCCEEDED

@@ -1,20 +1,35 @@
 """The parts of the comparison that need no training: what is compared, how it is graded, how the table comes out of the runs."""
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.comparison_table import Column, Learned, Timed, make_table, models_held, read_learned, read_timed
 from benchmarks.ppo_vs_grpo import CONFIGURATIONS, LAST_INTEGER, TIME, Configuration, plan
-from benchmarks.trainer_runs import has_succeeded, read_metrics
+from benchmarks.trainer_runs import RunFailed, ensure_run, has_succeeded, read_metrics
 from core.options import Options
-from core.run_directory import METRICS, OUTCOME, SAMPLES, End, LineWriter, MetricsLine, Outcome, publish_json
+from core.run_directory import (
+    CHECKPOINTS,
+    JOB,
+    METRICS,
+    MODEL,
+    OUTCOME,
+    SAMPLES,
+    End,
+    LineWriter,
+    MetricsLine,
+    Outcome,
+    ResolvedJob,
+    publish_json,
+)
 from examples.demo import settings
 from examples.endpoint_grader import MODES
 from graders.grade import GradeRequest
 from graders.python_sandbox import PythonGrader
-from tests.trainer.runs import make_run_directory
+from tests.trainer.runs import letter_rows, make_run_directory
 from trainer.config import load_job
 
 GRPO, PPO, PPO_SINGLE = CONFIGURATIONS
@@ -129,9 +144,32 @@ def test_only_the_finished_run_of_the_same_job_is_kept(tmp_path: Path) -> None:
     publish_json(folder / OUTCOME, Outcome(end=End.SUCCEEDED, step=2))
     assert has_succeeded(folder, job)
     assert not has_succeeded(folder, job.model_copy(update={"job_id": "benchmark-of-another-commit"}))
+    (folder / JOB).write_text(json.dumps({**job.model_dump(mode="json"), "an_option_of_another_version": 1}))
+    assert not has_succeeded(folder, job)
 
 
 def test_a_line_that_the_trainer_is_still_writing_is_not_read(tmp_path: Path) -> None:
     line = MetricsLine(step=1, phase="train", values={"reward_mean": 0.5}).model_dump_json()
     (tmp_path / METRICS).write_text(f"{line}\n{line[:20]}")
     assert len(read_metrics(tmp_path, "train")) == 1
+
+
+def make_job(folder: Path, **options: Any) -> tuple[ResolvedJob, Path]:
+    """A job for the tiny model, and the model's folder."""
+    directory = make_run_directory(folder, max_steps=2, eval_interval=2, checkpoint_interval=2, **options)
+    return load_job(directory), directory / MODEL
+
+
+def test_a_run_is_made_once_and_again_only_for_another_job(tmp_path: Path) -> None:
+    """Spawns the trainer: that the real program runs in such a directory is what is tested."""
+    job, model = make_job(tmp_path / "job")
+    folder, rows = tmp_path / "run", letter_rows(8)
+    ensure_run(folder, job, model, rows, rows)
+    assert [line.step for line in read_metrics(folder, "train")] == [1, 2]
+    assert [line.step for line in read_metrics(folder, "valid")] == [0, 2]
+    assert not (folder / CHECKPOINTS).exists()
+    written = (folder / METRICS).stat().st_mtime_ns
+    ensure_run(folder, job, model, rows, rows)
+    assert (folder / METRICS).stat().st_mtime_ns == written
+    with pytest.raises(RunFailed, match="messages"):
+        ensure_run(folder, job.model_copy(update={"seed": 2}), model, [{"letter": "a"}], [])
