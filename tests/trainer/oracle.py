@@ -52,10 +52,11 @@ class Row:
 
 @dataclass
 class Verdict:
-    policy_loss: Tensor
-    value_loss: Tensor
     gradients: dict[str, Tensor]
     """By the names of `Policy.trainable_state`; 0 where the loss does not depend on it."""
+
+    metrics: dict[str, float]
+    """Of the step, by their own names."""
 
 
 class Oracle:
@@ -70,8 +71,11 @@ class Oracle:
         counted = self._estimate(rows)
         policy_loss, value_loss = self._policy_loss(counted), self._value_loss(counted)
         weight = self._options.value_coefficient if self._options.value_model == "shared_backbone" else 1.0
-        found = torch.autograd.grad(policy_loss + weight * value_loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return Verdict(policy_loss, value_loss, dict(zip(leaves, found, strict=True)))
+        loss = policy_loss + weight * value_loss
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(leaves, found, strict=True))
+        losses = {"loss": float(loss), "policy_loss": float(policy_loss)}
+        return Verdict(gradients, losses | self._metrics(counted, gradients) | self._value_metrics(counted, gradients, float(value_loss)))
 
     # What the models say.
 
@@ -191,25 +195,34 @@ class Oracle:
         """Surrogate, KL and entropy of each token."""
         options = self._options
         terms: list[Tensor] = []
-        log_ratios = [logprob - old for logprob, old in zip(row.logprobs, row.old, strict=True)]
-        if options.ratio_level == "sequence":
-            log_ratios = [torch.stack(log_ratios).mean()] * len(log_ratios)
         weights = self._mismatch_weights(row)
-        for i, log_ratio in enumerate(log_ratios):
-            term = weights[i] * self._surrogate(log_ratio.exp(), row.advantages[i], row.logprobs[i])
+        for i, ratio in enumerate(self._ratios(row)):
+            term = weights[i] * self._surrogate(ratio, row.advantages[i], row.logprobs[i])
             if options.needs_reference and options.kl_placement == "loss":
                 term = term + self._kl_coefficient * self._kl(row.logprobs[i], row.reference[i])
             terms.append(term - options.entropy_coefficient * row.entropies[i])
         return terms
 
+    def _ratios(self, row: Row) -> list[Tensor]:
+        log_ratios = [logprob - old for logprob, old in zip(row.logprobs, row.old, strict=True)]
+        if self._options.ratio_level == "sequence":
+            log_ratios = [torch.stack(log_ratios).mean()] * len(log_ratios)
+        return [log_ratio.exp() for log_ratio in log_ratios]
+
     def _surrogate(self, ratio: Tensor, advantage: float, logprob: Tensor) -> Tensor:
-        """A bad token's ratio is bounded from below, and from above by the dual clip; a good token's from above."""
+        """A good token's ratio is bounded from above; a bad one's from below, and from above by the dual clip."""
+        least, most = self._bounds(advantage)
+        bounded = min(max(float(ratio), least), most)
+        if self._options.surrogate == "cispo":
+            return -bounded * advantage * logprob
+        return -advantage * (ratio if float(ratio) == bounded else torch.tensor(bounded, dtype=torch.float64))
+
+    def _bounds(self, advantage: float) -> tuple[float, float]:
+        """Between them the ratio has a gradient, or with CISPO its own weight."""
         low, high = 1 - self._options.clip_low, 1 + self._options.clip_high
         if self._options.surrogate == "cispo":
-            return -min(max(float(ratio), low), high) * advantage * logprob
-        bounds = (0.0, high) if advantage >= 0 else (low, self._options.clip_dual or math.inf)
-        is_inside = bounds[0] <= float(ratio) <= bounds[1]
-        return -advantage * (ratio if is_inside else torch.tensor(min(max(float(ratio), bounds[0]), bounds[1]), dtype=torch.float64))
+            return low, high
+        return (0.0, high) if advantage >= 0 else (low, self._options.clip_dual or math.inf)
 
     def _mismatch_weights(self, row: Row) -> list[float]:
         options = self._options
@@ -235,6 +248,41 @@ class Oracle:
                     errors.append(torch.tensor((bounded - target) ** 2, dtype=torch.float64))
                 terms.append(max(errors, key=float) / 2)
         return torch.stack(terms).mean() if terms else torch.zeros((), dtype=torch.float64)
+
+    # What is reported: each a mean over all counted tokens.
+
+    def _metrics(self, rows: list[Row], gradients: dict[str, Tensor]) -> dict[str, float]:
+        ratios = [(float(ratio), a) for row in rows for ratio, a in zip(self._ratios(row), row.advantages, strict=True)]
+        clippable = [(ratio, a) for ratio, a in ratios if a != 0 or self._options.surrogate == "cispo"]
+        is_clipped = [ratio > self._bounds(a)[1] or ratio < self._bounds(a)[0] for ratio, a in clippable]
+        found = {
+            "clip_fraction": sum(is_clipped) / len(ratios),
+            "ratio_max": max(ratio for ratio, _ in ratios),
+            "entropy": statistics.fmean(float(entropy) for row in rows for entropy in row.entropies),
+            "sampler_mismatch_kl": statistics.fmean(_k3(p, q) for row in rows for p, q in zip(row.sampling, row.old, strict=True)),
+            "grad_norm": _norm(gradients, "" if self._options.value_model == "shared_backbone" else "policy."),
+        }
+        if self._options.needs_reference:
+            pairs = [pair for row in rows for pair in zip(row.logprobs, row.reference, strict=True)]
+            found["kl_reference"] = statistics.fmean(_k3(float(p), q) for p, q in pairs)
+        return found
+
+    def _value_metrics(self, rows: list[Row], gradients: dict[str, Tensor], value_loss: float) -> dict[str, float]:
+        if not self._options.needs_values:
+            return {}
+        returns = [target for row in rows for target in row.returns]
+        errors = [target - value for row in rows for target, value in zip(row.returns, row.old_values, strict=True)]
+        explained = 1 - statistics.pvariance(errors) / statistics.pvariance(returns)
+        return {"value_loss": value_loss, "value_grad_norm": _norm(gradients, "value."), "explained_variance": explained}
+
+
+def _k3(p: float, q: float) -> float:
+    """From the log-probs of a token under both."""
+    return math.exp(q - p) - 1 - (q - p)
+
+
+def _norm(gradients: dict[str, Tensor], owner: str) -> float:
+    return math.sqrt(sum(float(gradient.square().sum()) for name, gradient in gradients.items() if name.startswith(owner)))
 
 
 def _discounted_sums(numbers: list[float], factor: float) -> list[float]:
