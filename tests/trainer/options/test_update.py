@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core.options import BASE_LEARNING_RATE
-from core.run_directory import CHECKPOINTS, RESUME_POINTS, published
+from core.run_directory import CHECKPOINTS, MODEL, RESUME_POINTS, published
 from graders.grade import GradeRequest
-from tests.trainer.options.observed import Observed, constant, observe
+from tests.trainer.options.observed import Observed, observe
 from tests.trainer.runs import FunctionGrader
 from trainer.layout import Layout
 from trainer.policy import Policy
@@ -62,10 +63,11 @@ def test_option_max_grad_norm_bounds_what_reaches_the_optimizer(tmp_path: Path) 
         assert given == pytest.approx(min(bound, seen.first("grad_norm")), rel=1e-3)
 
 
-def test_option_weight_decay_shrinks_weights_that_nothing_pulls_at(tmp_path: Path) -> None:
-    seen = observe(tmp_path, FunctionGrader(constant), weight_decay=2.0, learning_rate=1e-2, max_steps=2)
-    for name, weight in seen.base().items():
-        torch.testing.assert_close(seen.weights()[name], weight * (1 - 2.0 * 1e-2) ** 2)
+def test_option_weight_decay_shrinks_every_weight_beside_the_step(tmp_path: Path) -> None:
+    with_decay, without = (observe(tmp_path / str(decay), weight_decay=decay, learning_rate=1e-3).weights() for decay in (2.0, 0.0))
+    before = load_file(tmp_path / "0.0" / MODEL / "model.safetensors")
+    for name, weight in before.items():
+        torch.testing.assert_close(with_decay[name], without[name] - 1e-3 * 2.0 * weight)
 
 
 def test_option_warmup_steps_raises_the_rate_from_0(tmp_path: Path) -> None:
