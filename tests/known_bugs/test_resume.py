@@ -185,6 +185,7 @@ def test_r26_a_half_written_or_damaged_resume_point_is_never_used(tmp_path: Path
     train_here(folder)
     older, newer = published(folder, RESUME_POINTS)
     (newer / MANIFEST).unlink()
+    assert published(folder, RESUME_POINTS) == [older]
     found = find_resume_point(folder)
     assert found is not None
     assert found.folder == older
@@ -195,7 +196,9 @@ def test_r26_a_half_written_or_damaged_resume_point_is_never_used(tmp_path: Path
         ResumePoint(older)
 
 
-@pytest.mark.parametrize("change", [{"model": {"hidden": 64}}, {"lora_rank": 3}, {"lora_targets": ("q_proj",)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"model": {"hidden": 64}}, {"lora_rank": 3}, {"finetuning": "full", "lora_rank": None}], ids=["model", "rank", "full"]
+)
 def test_r26_a_resume_point_of_another_model_or_configuration_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """NeMo-RL#415: what fitted was loaded, the rest began anew."""
     given = {"max_steps": 2, "resume_point_interval": 1, "finetuning": "lora", "lora_rank": 2}
