@@ -33,7 +33,7 @@ def test_between_vectors_of_equal_length_the_gradient_measure_is_one_minus_cosin
     assert cosine_difference(turned(angle), turned(0.0)) == pytest.approx(1 - math.cos(angle), abs=1e-7)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.1, 2.0, 4.0])
+@pytest.mark.parametrize("factor", [0.5, 1.5, 2.0, 4.0])
 def test_a_gradient_of_another_length_is_not_the_same(factor: float) -> None:
     assert cosine_difference(turned(0.0, factor), turned(0.0)) == pytest.approx((factor - 1) ** 2 / (factor**2 + 1), rel=1e-5)
     assert cosine_difference(turned(0.0, factor), turned(0.0)) > TOLERANCES["bf16"].gradient.allowed
@@ -46,8 +46,8 @@ def test_where_there_is_no_gradient_nothing_is_confirmed(measure: object) -> Non
 
 
 def test_below_temperature_one_bounds_widen_with_the_rounding_of_the_logits() -> None:
-    """A rounding error d of a logit is d / T in the log-prob; 1 - cosine grows with its square."""
+    """A rounding error d of a logit is d / T in the log-prob."""
     assert TOLERANCES["float32"].logprobs.allowed_at(0.5) == pytest.approx(2e-4)
     assert TOLERANCES["bf16"].logprobs.allowed_at(0.5) == pytest.approx(0.1)
-    assert TOLERANCES["bf16"].gradient.allowed_at(0.5) == pytest.approx(4e-3)
+    assert TOLERANCES["bf16"].gradient.allowed_at(0.5) == pytest.approx(0.04)
     assert TOLERANCES["float32"].first_ratio.allowed_at(0.5) == 0.0
