@@ -49,7 +49,9 @@ class Fault:
     """`checkpoints` or `resume_points`, where the place is the writing of one."""
 
     def __str__(self) -> str:
-        return f"{self.place}{f' {self.nth}' if self.nth > 1 else ''}{f' of {self.folder}' if self.place in FOLDER_PLACES else ''}"
+        number = f" {self.nth}" if self.nth > 1 else ""
+        where = f" of {self.folder}" if self.place in FOLDER_PLACES else ""
+        return self.place + number + where
 
 
 class Trap:

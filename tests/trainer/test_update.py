@@ -24,6 +24,7 @@ from tests.trainer.learners import (
 )
 from trainer.advantages import make_estimator
 from trainer.batch import Batch, Estimate, Scores
+from trainer.checkpoints import state_digest
 from trainer.update import Learner, _Microbatch, explained_variance, learning_rate_factor
 
 
@@ -264,6 +265,14 @@ def test_the_current_kl_coefficient_weighs_the_kl_in_the_loss_and_survives_a_res
     restored = make_learner(tiny, kl_coefficient=0.1, kl_target=2.0)
     restored.load_state(learner.state())
     assert restored.kl_coefficient == learner.kl_coefficient != 0.7
+
+
+@pytest.mark.parametrize("given", [SEPARATE, {**SHARED, "kl_coefficient": 0.1}])
+def test_a_loaded_state_is_the_saved_one_bit_for_bit_in_the_middle_of_a_schedule(tiny: Path, given: dict[str, Any]) -> None:
+    learner, restored = (make_learner(tiny, warmup_steps=4, lr_schedule="cosine", **given) for _ in range(2))
+    run_step(learner, make_rollouts(), step=1)
+    restored.load_state(learner.state())
+    assert state_digest(restored.state()) == state_digest(learner.state()) != state_digest(make_learner(tiny, **given).state())
 
 
 @pytest.mark.parametrize("given", [SEPARATE, {**SHARED, "kl_coefficient": 0.1}])
