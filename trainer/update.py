@@ -128,14 +128,14 @@ class Learner:
         return now.seen, now.tally.results()
 
     def _update_minibatch(self, now: "_Step", plan: list[Tensor]) -> bool:
-        """One optimizer step over the microbatches `plan`; False where nothing counts and the step is skipped."""
-        counts = self._accumulate(now, plan)
-        if counts:
+        """One optimizer step over the microbatches `plan`; False where they teach nothing and the step is skipped."""
+        teaches = self._accumulate(now, plan)
+        if teaches:
             self._step_optimizers(now)
-        return counts
+        return teaches
 
     def _accumulate(self, now: "_Step", plan: list[Tensor]) -> bool:
-        """Adds the gradient of the microbatches `plan`; False where nothing counts."""
+        """Adds the gradient of the microbatches `plan`; False where nothing counts or the gradient is 0 by itself."""
         whole = Denominators.of(now.mask[torch.cat(plan)])
         if whole.tokens == 0:
             return False
@@ -145,19 +145,20 @@ class Learner:
             raise Diverged(f"The loss is {loss} in step {now.number}. A lower learning_rate or max_grad_norm may help.")
         for name in ("loss", *(["policy_loss"] if now.train_policy else []), *(["value_loss"] if self.options.needs_values else [])):
             now.tally.add(name, 0.0, 1)
-        return True
+        return not all(part.is_silent for part in parts)
 
     def _split_silent(self, now: "_Step", plan: list[Tensor]) -> list["_Microbatch"]:
         """The microbatches, with groups whose gradient is 0 by themselves: those are only scored, for the metrics.
 
-        Only where advantages are all there is to learn from, and where nothing was scored with `plan` before.
+        Only where advantages are all there is to learn from. Where log-probs were scored with `plan` before, it stays whole.
         """
         rows = torch.cat(plan).sort().values
         heard = now.batch.groups[(now.estimate.advantages != 0).any(1)].unique()
         is_heard = torch.isin(now.batch.groups[rows], heard)
         all_count = self.options.needs_values or not self._objective.is_silent_without_advantage
-        if all_count or now.batch.old_logprobs is not None or bool(is_heard.all()) or not bool(is_heard.any()):
-            return [_Microbatch(part, is_silent=False) for part in plan]
+        is_silent = not all_count and not bool(is_heard.any())
+        if all_count or is_silent or now.batch.old_logprobs is not None or bool(is_heard.all()):
+            return [_Microbatch(part, is_silent) for part in plan]
         return [
             _Microbatch(part, is_silent)
             for is_silent, chosen in ((False, rows[is_heard]), (True, rows[~is_heard]))

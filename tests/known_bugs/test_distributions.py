@@ -99,6 +99,16 @@ def test_r04_stale_rollouts_are_weighed_by_how_far_the_policy_has_moved(tiny: Pa
     assert relative_difference(gradients_of_one_step(learner, batch), expected) <= 1e-6
 
 
+def test_r04_rollouts_of_a_step_ahead_have_a_ratio_to_the_weights_that_sampled_them(tmp_path: Path) -> None:
+    folder = make_run_directory(tmp_path / "run", model=STEEP, max_steps=2, max_staleness=1, learning_rate=1e-2)
+    assert train_here(folder).end is End.SUCCEEDED
+    fresh, stale = (line.values for line in read_metrics(folder))
+    assert (fresh["weight_lag"], fresh["ratio_max"]) == (0.0, 1.0)
+    assert stale["weight_lag"] == 1.0
+    assert stale["ratio_max"] > 1.05
+    assert abs(stale["sampler_mismatch_kl"]) <= 1e-7
+
+
 def dense_logprobs_over(model: Any, batch: Batch, temperature: float) -> Tensor:
     """[B, T] from whole logits, one token at a time, by a softmax over the tokens that could be sampled in its place."""
     length = batch.completion_mask.shape[1]

@@ -102,21 +102,28 @@ def test_r09_a_batch_without_a_grade_skips_its_optimizer_steps_and_counts_them(t
     outcome = train_here(folder, FunctionGrader(lambda request: Grade(reward=None, abstained=True)))
     assert outcome.end is End.SUCCEEDED
     assert [line.values["skipped_optimizer_steps"] for line in read_metrics(folder)] == [2.0, 2.0]
-    assert unchanged(folder)
+    assert same_weights(folder / MODEL, folder / CHECKPOINTS / "step_000002")
 
 
-def test_r09_a_batch_of_equal_grades_is_counted_and_yields_no_nan(tmp_path: Path) -> None:
-    folder = make_run_directory(tmp_path / "run", max_steps=2)
-    assert train_here(folder, FunctionGrader(lambda request: 0.1)).end is End.SUCCEEDED
-    for line in read_metrics(folder):
-        assert (line.values["zero_variance_group_fraction"], line.values["policy_loss"]) == (1.0, 0.0)
-    assert unchanged(folder)
+@pytest.mark.parametrize("given", [{}, {"epochs_per_batch": 2, "minibatches_per_batch": 2}], ids=str)
+def test_r09_a_batch_of_equal_grades_moves_nothing_and_is_counted(tmp_path: Path, given: dict[str, int]) -> None:
+    """Not by momentum or weight decay either."""
+    folder = make_run_directory(tmp_path / "run", max_steps=2, checkpoint_interval=1, weight_decay=0.1, **given)
+    grader = FunctionGrader(lambda request: spread(request) if request.metadata["step"] == 1 else 0.1)
+    assert train_here(folder, grader).end is End.SUCCEEDED
+    first, second = (line.values for line in read_metrics(folder))
+    assert (first["zero_variance_group_fraction"], second["zero_variance_group_fraction"]) == (0.0, 1.0)
+    assert (first["skipped_optimizer_steps"], second["skipped_optimizer_steps"]) == (0.0, 4.0 if given else 1.0)
+    assert (second["loss"], second["policy_loss"]) == (0.0, 0.0)
+    assert second["entropy"] > 0
+    checkpoints = [folder / CHECKPOINTS / f"step_00000{step}" for step in (1, 2)]
+    assert not same_weights(folder / MODEL, checkpoints[0])
+    assert same_weights(*checkpoints)
 
 
-def unchanged(folder: Path) -> bool:
-    """Whether the last checkpoint holds the weights that the run began with."""
-    first, last = (load_model(path).state_dict() for path in (folder / MODEL, folder / CHECKPOINTS / "step_000002"))
-    return all(torch.equal(first[name], last[name]) for name in first)
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = (load_model(folder).state_dict() for folder in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_r10_all_members_of_a_group_enter_its_mean_and_deviation(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Result:
     """Why this says nothing; the first error that was not a failed assertion."""
 
 
-def tests_by_bug() -> dict[str, set[str]]:
+def known_tests() -> dict[str, set[str]]:
     """`r01` -> its test functions."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / TESTS).glob("test_*.py"):
@@ -48,7 +48,7 @@ def tests_by_bug() -> dict[str, set[str]]:
     return found
 
 
-def patches_by_bug() -> dict[str, list[Path]]:
+def known_patches() -> dict[str, list[Path]]:
     """`r01` -> r01.patch, or r01_a.patch, r01_b.patch and so on."""
     found: dict[str, list[Path]] = {}
     for path in sorted(PATCHES.glob("*.patch")):
@@ -108,7 +108,7 @@ def _read(report: Path) -> Result:
 
 def main(bugs: list[str]) -> int:
     """-> 0 where every mutant is caught and every test has caught one."""
-    tests, patches = tests_by_bug(), patches_by_bug()
+    tests, patches = known_tests(), known_patches()
     bugs = bugs or sorted(tests | patches)
     chosen = [patch for bug in bugs for patch in patches.get(bug, [])]
     complaints: list[str] = []
