@@ -99,10 +99,12 @@ class Learner:
         return {"optimizers": optimizers, "kl_coefficient": self.kl_coefficient}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Moments and counts are those of `state`; rates and weight decay stay those of the options."""
+        """Moments and counts are those of `state`; base rates and weight decay stay those of the options."""
         for name, optimizer in self._optimizers.items():
-            own = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": own})
+            saved = state["optimizers"][name]
+            pairs = zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)
+            groups = [{**own, "lr": old["lr"]} for own, old in pairs]
+            optimizer.load_state_dict({**saved, "param_groups": groups})
         self.kl_coefficient = state["kl_coefficient"]
 
     def update(self, batch: Batch, estimate: Estimate, plan: Plan, step: int) -> dict[str, float]:
