@@ -249,6 +249,22 @@ def test_a_completion_that_does_not_end_with_its_only_end_token_is_found(
     assert list(Subject(tiny).violations()) == ["tokens_trained_are_tokens_sampled"]
 
 
+def test_completions_that_end_by_themselves_are_taken_with_their_end_token(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, ended = RolloutEngine.generate, []
+
+    def noted(self: RolloutEngine, *given: Any, **named: Any) -> Any:
+        rollouts = generate(self, *given, **named)
+        ended.extend(rollout.finish_reason == "stop" and len(rollout.token_ids) > 1 for rollout in rollouts)
+        return rollouts
+
+    monkeypatch.setattr(RolloutEngine, "generate", noted)
+    for seed in range(4):
+        Subject(tiny).check(seed=seed, end_token_ids=frozenset({1, *range(6, 16)}))
+    assert any(ended)
+    monkeypatch.setattr("trainer.preflight.collate", lambda *given: without_the_end(collate(*given)))
+    assert list(Subject(tiny).violations(seed=0, end_token_ids=frozenset(range(48)))) == ["tokens_trained_are_tokens_sampled"]
+
+
 def test_prompts_with_a_token_too_many_or_too_few_are_found(tiny: Path) -> None:
     for change in (lambda ids: (2, *ids), lambda ids: ids[1:]):
         subject = Subject(tiny)
