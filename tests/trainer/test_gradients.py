@@ -146,6 +146,7 @@ def relative_error(found: dict[str, Tensor], verdict: Verdict, owner: str) -> fl
 def test_gradients_and_metrics_equal_the_oracles_in_any_layout_and_split(model: tuple[Path, torch.dtype], case: str) -> None:
     folder, dtype = model
     learner = make_learner(folder, dtype, **CASES[case])
+    assert learner.policy._packs, "a model that fails its own probe is never packed"
     batch = record(learner, make_rollouts(dtype))
     verdict = Oracle(folder, learner.options, learner.kl_coefficient).judge(learner.policy.trainable_state(), batch)
     for cost in LAYOUTS.values():
