@@ -16,6 +16,7 @@ from tests.trainer.runs import FunctionGrader, letter_fraction, make_run_directo
 PAGE = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
 
 ABSENT: dict[str, Callable[[Options], bool]] = {
+    "every optimizer step was skipped": lambda options: False,
     "never": lambda options: False,
     "no completion was graded": lambda options: False,
     "no sub-scores": lambda options: False,
