@@ -37,7 +37,7 @@ from core.run_directory import (
 )
 from trainer.doctor import DoctorState
 
-WEIGHTS, OPTIMIZERS, PENDING = "weights.pt", "optimizers.pt", "pending.pt"
+WEIGHTS, LEARNER, PENDING = "weights.pt", "learner.pt", "pending.pt"
 KEPT_RESUME_POINTS = 2
 OUTPUTS = (METRICS, EVENTS, SAMPLES)
 
@@ -96,22 +96,25 @@ def save_resume_point(
     run_directory: Path,
     progress: Progress,
     weights: dict[str, Tensor],
-    optimizers: dict[str, Any],
+    learner: dict[str, Any],
     pending: dict[str, Any] | None,
     journal_lines: list[dict[str, Any]],
     facts: dict[str, Any],
 ) -> Path:
-    """resume_points/step_NNNNNN; the newest two are kept. `pending`: the rollouts that were sampled ahead."""
+    """resume_points/step_NNNNNN; the newest two are kept.
+
+    `learner` is the state of `update.Learner`, `pending` the rollouts that were sampled ahead.
+    """
 
     def fill(folder: Path) -> Manifest:
         torch.save(weights, folder / WEIGHTS)
-        torch.save(optimizers, folder / OPTIMIZERS)
+        torch.save(learner, folder / LEARNER)
         torch.save(pending, folder / PENDING)
         (folder / REWARDS).write_text("".join(json.dumps(line) + "\n" for line in journal_lines))
         own = {
             "progress": progress.model_dump(),
             "lengths": {name: _size(run_directory / name) for name in OUTPUTS},
-            STATE_HASH: state_digest({"weights": weights, "optimizers": optimizers, "pending": pending}),
+            STATE_HASH: state_digest({"weights": weights, "learner": learner, "pending": pending}),
         }
         return Manifest(kind="resume_point", step=progress.step, files=_entries(folder), facts={**facts, **own})
 
@@ -137,10 +140,10 @@ class ResumePoint:
     def progress(self) -> Progress:
         return Progress.model_validate(self.manifest.facts["progress"])
 
-    def load(self, load_weights: Callable[[dict[str, Tensor]], None], load_optimizers: Callable[[dict[str, Any]], None]) -> None:
+    def load(self, load_weights: Callable[[dict[str, Tensor]], None], load_learner: Callable[[dict[str, Any]], None]) -> None:
         with boundary(TrainingError, f"resume point of step {self.manifest.step}"):
             load_weights(torch.load(self.folder / WEIGHTS, map_location="cpu", weights_only=True))
-            load_optimizers(torch.load(self.folder / OPTIMIZERS, map_location="cpu", weights_only=True))
+            load_learner(torch.load(self.folder / LEARNER, map_location="cpu", weights_only=True))
 
     def pending(self, device: torch.device) -> dict[str, Any] | None:
         """What `save_resume_point` got as such."""

@@ -137,7 +137,9 @@ def end_early_if_due(run: Run) -> None:
     """Marks the run as ended where the evaluation reached `target_reward`, or was the last that `patience` waits for."""
     options, progress = run.job.options, run.progress
     reward = progress.valid_metrics.get("valid_reward_mean")
-    if reward is None or progress.step == 0:
+    if reward is None:
+        return
+    if progress.step == 0:
         run.advance(best_reward=reward)
         return
     is_best = progress.best_reward is None or reward > progress.best_reward

@@ -93,12 +93,12 @@ class Run:
 
     def save_resume_point(self) -> Path:
         lines = self.grading.journal.lines_after(self.progress.step)
-        weights, optimizers = self.policy.trainable_state(), self.learner.state()
+        weights, learner = self.policy.trainable_state(), self.learner.state()
         pending = None if self.pending is None else to_plain(self.pending)
-        return save_resume_point(self.directory, self.progress, weights, optimizers, pending, lines, self.facts)
+        return save_resume_point(self.directory, self.progress, weights, learner, pending, lines, self.facts)
 
     def _state_digest(self) -> str:
-        return state_digest({"weights": self.policy.trainable_state(), "optimizers": self.learner.state(), "pending": None})
+        return state_digest({"weights": self.policy.trainable_state(), "learner": self.learner.state(), "pending": None})
 
     def close(self) -> None:
         self.grading.close()

@@ -30,7 +30,7 @@ from core.run_directory import (
 from graders.grade import GradeRequest
 from tests.trainer.runs import FunctionGrader, letter_fraction, make_run_directory, read_metrics, read_samples, train_here
 from trainer import rollout as rollout_module
-from trainer.checkpoints import OPTIMIZERS, ResumePoint, find_resume_point
+from trainer.checkpoints import LEARNER, ResumePoint, find_resume_point
 from trainer.grading import GradingRound
 
 GIVEN: dict[str, Any] = {
@@ -89,7 +89,7 @@ def half_saved(is_time: Callable[[], bool]) -> Callable[..., None]:
 
     def wrapped(value: Any, path: Path) -> None:
         save(value, path)
-        if path.name == OPTIMIZERS and is_time():
+        if path.name == LEARNER and is_time():
             os.truncate(path, path.stat().st_size // 2)
             raise Killed
 

@@ -22,7 +22,7 @@ from core.run_directory import (
     read_manifest,
     read_outcome,
 )
-from trainer.checkpoints import OPTIMIZERS, PENDING, WEIGHTS, state_digest
+from trainer.checkpoints import LEARNER, PENDING, WEIGHTS, state_digest
 
 OF_THE_CLOCK = ("created_at", "attempts", "latency_seconds", "lengths", *VARIABLE_METRICS)
 """Beginnings of the names, at any depth, whose values may differ. `lengths` are bytes of files that hold such values."""
@@ -60,7 +60,7 @@ def checkpoint_contents(folder: Path) -> dict[str, Any]:
 
 def resume_point_contents(folder: Path) -> dict[str, Any]:
     """The facts of the manifest, and the digest of weights, optimizers and rollouts sampled ahead, taken anew from the files."""
-    files = {"weights": WEIGHTS, "optimizers": OPTIMIZERS, "pending": PENDING}
+    files = {"weights": WEIGHTS, "learner": LEARNER, "pending": PENDING}
     state = {name: torch.load(folder / file, weights_only=True) for name, file in files.items()}
     return {"state": state_digest(state), "facts": read_manifest(folder).facts}
 

@@ -32,7 +32,7 @@ from tests.resume.comparison import differences
 from tests.resume.processes import successor
 from tests.resume.settings import Setting, make_directory
 from tests.trainer.runs import train_here
-from trainer.checkpoints import OPTIMIZERS
+from trainer.checkpoints import LEARNER
 
 SETTING = Setting("ppo", "lora", 0)
 Spoil = Callable[[Path], object]
@@ -70,9 +70,9 @@ def nudge(state: Any) -> bool:
 
 
 def nudge_optimizer(point: Path) -> None:
-    state = torch.load(point / OPTIMIZERS, weights_only=True)
+    state = torch.load(point / LEARNER, weights_only=True)
     assert nudge(state)
-    torch.save(state, point / OPTIMIZERS)
+    torch.save(state, point / LEARNER)
 
 
 def nudge_weights(name: str) -> Spoil:

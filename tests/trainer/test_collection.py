@@ -222,6 +222,14 @@ def test_patience_counts_on_across_a_resume(tmp_path: Path) -> None:
     assert train_here(part, FunctionGrader(rising_until_step_3)).step == 6
 
 
+def test_an_evaluation_that_nobody_graded_is_no_best_and_forgets_none(tmp_path: Path) -> None:
+    def grade(request: GradeRequest) -> Grade | float:
+        return Grade(reward=None, abstained=True) if request.metadata["step"] == 3 else float(request.metadata["step"] == 1)
+
+    folder = make_run_directory(tmp_path / "run", **EVALUATED, patience=3)
+    assert train_here(folder, FunctionGrader(grade)).step == 5
+
+
 @pytest.mark.parametrize("option", ["target_reward", "patience"])
 def test_an_early_end_without_validation_rows_is_refused_with_its_option(tmp_path: Path, option: str) -> None:
     folder = make_run_directory(tmp_path / "run", max_steps=1, **{option: 1})

@@ -46,9 +46,9 @@ class Observed:
         after, before = self.weights(), self.base()
         return max(float((after[name] - before[name]).abs().max()) for name in before)
 
-    def optimizers(self, step: int) -> dict[str, Any]:
+    def learner(self, step: int) -> dict[str, Any]:
         """State of the resume point of `step`, as saved."""
-        path = self.folder / RESUME_POINTS / f"step_{step:06d}" / "optimizers.pt"
+        path = self.folder / RESUME_POINTS / f"step_{step:06d}" / "learner.pt"
         state: dict[str, Any] = torch.load(path, weights_only=True)
         return state
 

@@ -22,7 +22,7 @@ LORA: dict[str, Any] = {"finetuning": "lora", "lora_rank": 4}
 
 def adam(seen: Observed, step: int = 1) -> list[dict[str, torch.Tensor]]:
     """The state of each weight of the policy's optimizer."""
-    state: dict[int, dict[str, torch.Tensor]] = seen.optimizers(step)["optimizers"]["policy"]["state"]
+    state: dict[int, dict[str, torch.Tensor]] = seen.learner(step)["optimizers"]["policy"]["state"]
     return list(state.values())
 
 
