@@ -9,7 +9,7 @@ from core.options import Options
 
 @dataclass(frozen=True)
 class Rule:
-    """`option` goes with some values of `other` only. The smaller half of a sentence: "`option` {why}"."""
+    """`option` goes with some values of `other` only, because "`option` {why}"."""
 
     option: str
     other: str
