@@ -42,6 +42,9 @@ class Reply:
     delay: float = 0.0
     """Seconds before the first byte."""
 
+    is_held: Callable[[], bool] = bool
+    """Nothing is sent while it says so; never, as it stands."""
+
     drip: float = 0.0
     """Seconds between single bytes of the body."""
 
@@ -196,6 +199,8 @@ async def _until_gone(reader: asyncio.StreamReader, writing: Coroutine[Any, Any,
 async def _write_reply(writer: asyncio.StreamWriter, reply: Reply) -> bool:
     """True when the connection may be used again."""
     await asyncio.sleep(reply.delay)
+    while reply.is_held():
+        await asyncio.sleep(0.01)
     if reply.reset:
         writer.transport.abort()
         return False

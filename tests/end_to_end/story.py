@@ -37,7 +37,8 @@ class SignedGrader:
     def __init__(self) -> None:
         self.secret = ""
         self.refused: list[str] = []
-        self.delay = 0.0
+        self.held_step: int | None = None
+        """Rollouts of this step wait for their answer while it is set."""
         self.override: Reply | None = None
         self.endpoint = FakeEndpoint(self.answer)
 
@@ -46,7 +47,9 @@ class SignedGrader:
             Webhook(self.secret).verify(received.body, received.headers)
             assert received.headers["authorization"] == TOKEN
             body = received.json
-            return self.override or score(body["sample"]["output_text"].count(body["item"]["letter"]) / 8, delay=self.delay)
+            step = body["metadata"].get("step")
+            reward = body["sample"]["output_text"].count(body["item"]["letter"]) / 8
+            return self.override or score(reward, is_held=lambda: self.held_step is not None and step == self.held_step)
         except (WebhookVerificationError, AssertionError, KeyError, ValueError) as error:
             self.refused.append(repr(error))
             return status(401)

@@ -36,15 +36,15 @@ def grader_id(platform: Platform, grader: SignedGrader, tmp_path_factory: pytest
 def finished(platform: Platform, grader: SignedGrader, grader_id: str) -> Any:
     """A job that went all the way, while a second one was validated."""
     client = platform.client()
+    grader.held_step = 1
     job = submit(client, grader_id)
     assert job.status in ("validating_files", "queued", "running")
-    grader.delay = 0.3
     platform.wait("the first job's start", lambda: client.fine_tuning.jobs.retrieve(job.id).status == "running", 60)
     second = submit(client, grader_id)
     platform.wait("the second job's validation", lambda: client.fine_tuning.jobs.retrieve(second.id).status == "queued", 30)
     assert client.fine_tuning.jobs.retrieve(job.id).status == "running"
     assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
-    grader.delay = 0.0
+    grader.held_step = None
     return platform.wait_for_end(job.id)
 
 

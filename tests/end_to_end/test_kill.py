@@ -18,7 +18,7 @@ def current_step(platform: Platform, job_id: str) -> int:
 
 def test_killed_worker_and_killed_trainer_cost_no_row_and_double_none(tmp_path: Path, valkey_url: str) -> None:
     grader = SignedGrader()
-    grader.delay = 0.2
+    grader.held_step = 3
     quick = {"HONE_LEASE_SECONDS": "4"}
     with grader.endpoint, run_platform(tmp_path / "home", broker_url=valkey_url, environment=quick) as platform:
         grader_id = register(platform, grader, tmp_path / MODEL)
@@ -27,9 +27,11 @@ def test_killed_worker_and_killed_trainer_cost_no_row_and_double_none(tmp_path: 
         platform.wait("step 2", lambda: current_step(platform, job_id) >= 2, 90)
         platform.kill("worker1")
         platform.wait("the trainer's death with its worker", lambda: alive_with(runs) == [], 10)
+        grader.held_step = 5
         platform.start_worker("worker2")
         platform.wait("the second attempt's steps", lambda: current_step(platform, job_id) >= 4, 90)
         (trainer,) = alive_with(runs)
+        grader.held_step = None
         os.kill(trainer, signal.SIGKILL)
         job = platform.wait_for_end(job_id)
         assert (job.status, job.error) == ("succeeded", None), platform.logs()
