@@ -13,7 +13,11 @@ from torch.nn import functional
 from trainer.batch import Support
 
 MAX_CHUNK_LOGITS = 2**25
-"""Logits computed at once: 128 MiB in float32."""
+"""Logits whose gradient is kept at once: 64 MiB in bfloat16."""
+_TILE_LOGITS = 2**23
+"""Logits that are worked on at once on a CPU, in float32: 32 MiB."""
+_WIDENED_ROWS = 2048
+"""Rows of the head's gradient that are added at once: adding across types copies them first."""
 _NEVER = -1e30
 """The logit of a token outside the support: its probability is exactly 0, and 0 * _NEVER is 0 where infinity would give NaN."""
 
@@ -76,49 +80,97 @@ class _ScoreTokens(torch.autograd.Function):
         dtype: torch.dtype,
         support: Support | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.head, ctx.temperature, ctx.dtype, ctx.support = head, temperature, dtype, support
+        ctx.temperature, ctx.support = temperature, support
         ctx.set_materialize_grads(False)
-        working = Head(weight.to(dtype), bias, head.scale, head.soft_cap)
-        columns = [
-            _score_chunk(working, hidden[chunk], targets[chunk], temperature, dtype, _kept(support, chunk, len(weight)))
-            for chunk in _chunks(hidden, weight)
-        ]
+        ctx.head = working = Head(weight.to(dtype), None if bias is None else bias.to(dtype), head.scale, head.soft_cap)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        hidden = hidden.to(dtype)
+        tiles = _slices(len(hidden), _tile_rows(weight))
+        space, product = _Space(working, tiles[0].stop), working.weight.new_empty(tiles[0].stop, len(weight))
+        spare = torch.empty_like(product, dtype=_wide_dtype(dtype))
+        columns = []
+        for tile in tiles:
+            rows = slice(0, tile.stop - tile.start)
+            scaled = _restrict(_divide(space.logits(hidden[tile], product[rows]), temperature), _kept(support, tile, len(weight)))
+            columns.append(_score_tile(scaled, targets[tile], spare[rows]))
         logprobs, entropies, normalisers = (torch.cat(column) for column in zip(*columns, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies)
+        ctx.save_for_backward(hidden, targets, normalisers, entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
-        working = Head(weight.to(ctx.dtype), bias, ctx.head.scale, ctx.head.soft_cap)
+        hidden, targets, normalisers, entropies = ctx.saved_tensors
+        weight: Tensor = ctx.head.weight
         hidden_gradient = torch.empty_like(hidden)
-        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
-        wide = _wide_dtype(weight.dtype)
-        weight_gradient = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        bias_gradient = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-        for chunk in _chunks(hidden, weight):
-            part = hidden[chunk]
-            parts = [None if whole is None else whole[chunk] for whole in gradients]
-            known = (normalisers[chunk], entropies[chunk])
-            kept = _kept(ctx.support, chunk, len(weight))
-            delta = _logits_gradient(working, working.logits(part, ctx.dtype), targets[chunk], known, parts, ctx.temperature, kept)
-            narrow = delta.to(ctx.dtype)
-            hidden_gradient[chunk] = narrow @ working.weight
-            if weight_gradient is not None:
-                weight_gradient.add_(narrow.t() @ part.to(ctx.dtype))
-            if bias_gradient is not None:
-                bias_gradient.add_(delta.sum(0))
-        return hidden_gradient, _as(weight_gradient, weight), _as(bias_gradient, bias), None, None, None, None, None
+        sums = _HeadGradient(ctx.head, *ctx.needs_input_grad[1:3])
+        chunks = _slices(len(hidden), max(1, MAX_CHUNK_LOGITS // len(weight)))
+        kept_deltas = weight.new_empty(chunks[0].stop, len(weight))
+        space = _Space(ctx.head, min(chunks[0].stop, _tile_rows(weight)))
+        for chunk in chunks:
+            deltas = kept_deltas[: chunk.stop - chunk.start]
+            for tile in _slices(len(deltas), space.rows):
+                rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
+                parts = [None if whole is None else whole[rows] for whole in gradients]
+                logits = space.logits(hidden[rows], deltas[tile])
+                known, kept = (normalisers[rows], entropies[rows]), _kept(ctx.support, rows, len(weight))
+                delta = _logits_gradient(ctx.head, logits, targets[rows], known, parts, ctx.temperature, kept)
+                sums.add_bias(delta)
+                deltas[tile].copy_(delta)
+            torch.mm(deltas, weight, out=hidden_gradient[chunk])
+            sums.add_weight(deltas, hidden[chunk])
+        of_weight, of_bias = (_as(gradient, dtype) for gradient, dtype in zip((sums.weight, sums.bias), ctx.dtypes, strict=True))
+        return hidden_gradient, of_weight, of_bias, None, None, None, None, None
 
 
-def _score_chunk(
-    head: Head, hidden: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype, kept: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, entropies, log-normalisers), each [n]."""
-    scaled = _restrict(_divide(head.logits(hidden, dtype), temperature), kept)
+class _Space:
+    """Room for the logits of one tile, used for each in turn: to fresh memory of that size, faults cost more than arithmetic."""
+
+    def __init__(self, head: Head, rows: int) -> None:
+        self.rows = rows
+        self._head = head
+        self._wide = torch.empty(rows, len(head.weight), dtype=_wide_dtype(head.weight.dtype), device=head.weight.device)
+
+    def logits(self, hidden: Tensor, product: Tensor) -> Tensor:
+        """[n, H] -> [n, V] in float32 or wider, in this space or, where that has the type, in `product` [n, V]; both are overwritten."""
+        weight, bias = self._head.weight, self._head.bias
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=product)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=product)
+        is_wide = product.dtype == self._wide.dtype
+        return self._head.finish(product if is_wide else self._wide[: len(hidden)].copy_(product))
+
+
+class _HeadGradient:
+    """Sums of the head's gradient over chunks, in float32 or wider; None where nobody asks for it."""
+
+    def __init__(self, head: Head, needs_weight: bool, needs_bias: bool) -> None:
+        wide = _wide_dtype(head.weight.dtype)
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if needs_weight else None
+        self.bias = torch.zeros(len(head.weight), dtype=wide, device=head.weight.device) if needs_bias else None
+        self._product = torch.empty_like(head.weight) if needs_weight and head.weight.dtype != wide else None
+
+    def add_bias(self, delta: Tensor) -> None:
+        if self.bias is not None:
+            self.bias.add_(delta.sum(0))
+
+    def add_weight(self, deltas: Tensor, hidden: Tensor) -> None:
+        """[n, V], [n, H]."""
+        if self.weight is None:
+            return
+        if self._product is None:
+            self.weight.addmm_(deltas.t(), hidden)
+            return
+        torch.mm(deltas.t(), hidden, out=self._product)
+        for rows in _slices(len(self.weight), _WIDENED_ROWS):
+            self.weight[rows].add_(self._product[rows])
+
+
+def _score_tile(scaled: Tensor, targets: Tensor, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, entropies, log-normalisers), each [n], of logits [n, V]; these and `spare` [n, V] are overwritten."""
     largest = scaled.amax(-1)
     below = scaled.sub_(largest[:, None])
-    weights = below.exp()
+    weights = torch.exp(below, out=spare)
     total = weights.sum(-1)
     log_total = total.log()
     entropies = log_total - torch.einsum("nv,nv->n", weights, below) / total
@@ -172,9 +224,14 @@ def _restrict(scaled: Tensor, kept: Tensor | None) -> Tensor:
     return scaled if kept is None else scaled.masked_fill_(~kept, _NEVER)
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, MAX_CHUNK_LOGITS // len(weight))
-    return [slice(start, start + size) for start in range(0, max(1, len(hidden)), size)]
+def _tile_rows(weight: Tensor) -> int:
+    """On a GPU one tile is one chunk: there small products cost more than memory."""
+    return max(1, min(MAX_CHUNK_LOGITS, _TILE_LOGITS if weight.device.type == "cpu" else MAX_CHUNK_LOGITS) // len(weight))
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    """Of `size` each, the last one shorter; one slice at least."""
+    return [slice(start, min(start + size, length)) for start in range(0, max(1, length), size)]
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,5 +242,5 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.to(_wide_dtype(tensor.dtype))
 
 
-def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if gradient is None or like is None else gradient.to(like.dtype)
+def _as(gradient: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if gradient is None or dtype is None else gradient.to(dtype)

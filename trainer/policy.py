@@ -21,8 +21,9 @@ from core.errors import TrainingError, boundary
 from core.options import Options
 from trainer.adapters import POLICY, VALUE, adapter_parameters, add_adapters, no_adapter, only_adapter, save_adapter
 from trainer.batch import Batch, Scores, Support
-from trainer.layout import Cost, Layout, group_shapes, is_packing_cheaper, pack, pad, plan_microbatches
+from trainer.layout import Layout, group_shapes, pack, pad, plan_microbatches
 from trainer.logprobs import Head, score_tokens
+from trainer.packed_attention import sharing
 from trainer.probes import check_head, describe_head, takes_packed_rows
 from trainer.recomputation import recompute_layers
 from trainer.values import ValueHead, ValueModel
@@ -53,7 +54,6 @@ class Policy:
         self._head_shape = describe_head(model)
         check_head(model, self._head_shape)
         self._packs = takes_packed_rows(model)
-        self._cost = _cost(model)
         if options.gradient_checkpointing:
             recompute_layers(model)
         self._reference: Any = None
@@ -103,7 +103,7 @@ class Policy:
         """Microbatches as row indices into `batch`: the whole groups of `rows` (None: all), in an order that shapes alone decide."""
         chosen = torch.arange(len(batch.groups)) if rows is None else rows.cpu()
         groups = group_shapes(batch.select(chosen.to(batch.groups.device)))
-        plan = plan_microbatches(groups, microbatch_tokens, self._cost if self._packs else None)
+        plan = plan_microbatches(groups, microbatch_tokens, self._packs)
         members = [[row for group in microbatch for row in group.rows] for microbatch in plan]
         return [chosen[torch.tensor(microbatch)].to(batch.groups.device) for microbatch in members]
 
@@ -205,8 +205,8 @@ class Policy:
 
     def _layout(self, batch: Batch) -> Layout:
         groups = group_shapes(batch)
-        if self._packs and is_packing_cheaper(groups, self._cost):
-            return pack(batch, groups, self.model.get_input_embeddings().weight.dtype)
+        if self._packs:
+            return pack(batch, groups, self.compute_dtype)
         return pad(batch, groups)
 
     def _hidden(self, model: Any, layout: Layout) -> Tensor:
@@ -214,8 +214,8 @@ class Policy:
 
     def _run(self, backbone: Any, layout: Layout) -> Tensor:
         """-> [R * S, H], the last hidden states."""
-        positions = {} if layout.position_ids is None else {"position_ids": layout.position_ids, "attention_mask": layout.attention_mask}
-        with self.autocast():
+        positions = {} if layout.position_ids is None else {"position_ids": layout.position_ids}
+        with self.autocast(), sharing(layout.sharing):
             hidden: Tensor = backbone(input_ids=layout.input_ids, use_cache=False, **positions).last_hidden_state
         return hidden.flatten(0, 1)
 
@@ -237,14 +237,6 @@ def load_model(folder: Path) -> Any:
     if report["missing_keys"] or report["mismatched_keys"]:
         raise TrainingError(f"the weights in {folder.name} lack {sorted(report['missing_keys'])[:3]}", code="model_incomplete")
     return model.eval()
-
-
-def _cost(model: Any) -> Cost:
-    config = model.config.get_text_config()
-    embeddings = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    weights = sum(parameter.numel() for parameter in model.parameters()) - sum(embeddings.values())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Cost(per_token=2.0 * weights, per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * width)
 
 
 def _frozen_copy(model: Any) -> Any:

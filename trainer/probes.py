@@ -10,6 +10,7 @@ from core.errors import InvalidRequest
 from trainer.batch import Batch
 from trainer.layout import group_shapes, pack, pad
 from trainer.logprobs import Head
+from trainer.packed_attention import forget_sharing, sharing, teach_sharing
 
 _TOLERANCE = 1e-3
 """Relative to the largest number: float32 noise is below 1e-5, a wrong formula above 1e-1."""
@@ -45,22 +46,27 @@ def check_head(model: Any, shape: HeadShape) -> None:
 
 @torch.no_grad()
 def takes_packed_rows(model: Any) -> bool:
-    """Whether a 4D mask and own positions give this model the same hidden states as plain rows. Windowed attention counts as no."""
+    """Teaches `model` to attend over packed rows; False where it gives them other hidden states than plain rows, and stays as it was.
+
+    Windowed attention counts as no.
+    """
     config = model.config.get_text_config()
     windows = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
-    if windows or _has_window(config):
+    if windows or _has_window(config) or not teach_sharing(model):
         return False
     batch = _probe_batch(model.device)
     groups = group_shapes(batch)
     packed, plain = pack(batch, groups, model.dtype), pad(batch, groups)
-    try:
-        seen = model.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, attention_mask=packed.attention_mask, use_cache=False
-        ).last_hidden_state
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False  # This family takes no such mask: that is the answer to the question.
     expected = model.base_model(input_ids=plain.input_ids, use_cache=False).last_hidden_state
-    return _agree(seen.flatten(0, 1)[packed.sources], expected.flatten(0, 1)[plain.sources])
+    try:
+        with sharing(packed.sharing):
+            seen = model.base_model(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False).last_hidden_state
+        agrees = _agree(seen.flatten(0, 1)[packed.sources], expected.flatten(0, 1)[plain.sources])
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        agrees = False  # This family attends in a way of its own: that is the answer to the question.
+    if not agrees:
+        forget_sharing(model)
+    return agrees
 
 
 def _has_window(config: Any) -> bool:

@@ -3,7 +3,8 @@
 The library's own switch works in training mode only, which would turn dropout on.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from core.errors import InvalidRequest
 from trainer.adapters import POLICY, adapter_in_use, only_adapter
+from trainer.layout import Sharing
+from trainer.packed_attention import current_sharing, sharing
 
 
 def recompute_layers(model: nn.Module) -> None:
@@ -37,6 +40,11 @@ def _forward(layer: nn.Module, *inputs: Any, **named: Any) -> Any:
 
 
 def _contexts(layer: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the forward pass and of its repetition, when another adapter may be in use."""
-    name = adapter_in_use(layer)
-    return nullcontext(), nullcontext() if name == POLICY else only_adapter(layer, name)
+    """Of the forward pass and of its repetition, when other rows may be in work and another adapter in use."""
+    return nullcontext(), _as_now(layer, adapter_in_use(layer), current_sharing())
+
+
+@contextmanager
+def _as_now(layer: nn.Module, adapter: str, shared: Sharing | None) -> Iterator[None]:
+    with sharing(shared), nullcontext() if adapter == POLICY else only_adapter(layer, adapter):
+        yield

@@ -206,9 +206,8 @@ class Learner:
 
     @torch.no_grad()
     def _tally_kl_old(self, now: "_Step") -> None:
-        """k3 of the sampling weights against the updated ones, on the first eighth of the groups: a whole pass would cost too much."""
-        last_group = (int(now.batch.groups.max()) + 8) // 8
-        rows = (now.batch.groups < last_group).nonzero()[:, 0]
+        """k3 of the sampling weights against the updated ones, on the first eighth of the rows: a whole pass would cost too much."""
+        rows = torch.arange(-(-len(now.batch.groups) // 8), device=now.batch.groups.device)
         for part in self.policy.plan(now.batch, rows, self.options.microbatch_tokens):
             new = self.policy.score(now.batch.select(part), self.options.temperature).logprobs
             now.tally.add_tokens("kl_old", k3(now.old_logprobs[part], new), now.mask[part])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from core.options import Options
+from tests.trainer.batches import choose_layout
 from tests.trainer.handmade import make_batch
 from tests.trainer.learners import (
     LENGTH,
@@ -19,14 +20,11 @@ from tests.trainer.learners import (
     relative_difference,
     run_step,
 )
-from trainer import policy as policy_module
 from trainer.batch import Batch, Estimate, Scores
-from trainer.layout import Cost
 from trainer.objectives import Denominators, make_objective
 from trainer.tally import Tally
 from trainer.update import Learner
 
-PACKED, PADDED = Cost(per_token=1.0, per_pair=0.0), Cost(per_token=0.0, per_pair=1.0)
 UNCLIPPED = {"max_grad_norm": 1e9}
 STILL = {"learning_rate": 1e-30}
 """Too small to move a weight, so that later optimizer steps see the same policy."""
@@ -65,8 +63,8 @@ def test_r01_gradients_are_the_same_in_one_or_many_microbatches_packed_or_padded
 ) -> None:
     """verl#906 #5625 #7200 #7321, SkyRL#925 #1296, trl#2617, ms-swift#10117: means of means, other denominators in packed rows."""
     batch, numbers, found = ragged_rollouts(), set(), []
-    for cost in (PADDED, PACKED):
-        monkeypatch.setattr(policy_module, "_cost", lambda _, cost=cost: cost)
+    for packs in (False, True):
+        choose_layout(monkeypatch, packs)
         for tokens in (4096, 64, 30, 16):
             learner = moved_learner(tiny, microbatch_tokens=tokens, **given)
             numbers.add(len(learner.plan(batch, 1)[0]))

@@ -9,12 +9,10 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.tiny import build_tiny_model
-from tests.trainer.batches import dense_logprobs, make_batch, make_policy, make_prompts, sample
+from tests.trainer.batches import choose_layout, dense_logprobs, make_batch, make_policy, make_prompts, sample
 from tests.trainer.learners import dense_gradient, gradients_of_one_step, make_learner, relative_difference
-from trainer import policy as policy_module
 from trainer.batch import Graded, Prompt
 from trainer.data import collate
-from trainer.layout import Cost
 from trainer.tokens import load_tokenizer, render_prompt
 
 END = 1
@@ -100,10 +98,10 @@ def test_r23_every_trained_token_has_the_log_prob_it_was_sampled_with(tiny: Path
     assert (batch.sampling_logprobs - expected)[mask].abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("cost", [Cost(per_token=1.0, per_pair=0.0), Cost(per_token=0.0, per_pair=1.0)], ids=["packed", "padded"])
-def test_r23_a_second_turn_is_trained_behind_the_tokens_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: Cost) -> None:
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_r23_a_second_turn_is_trained_behind_the_tokens_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
     """The conversation is what was sampled, token by token, not what the template makes of its messages."""
-    monkeypatch.setattr(policy_module, "_cost", lambda _: cost)
+    choose_layout(monkeypatch, packs)
     folder = build_tiny_model(tmp_path / "model", head_scale=12.0, template=FORGETFUL)
     policy, tokenizer = make_policy(folder), load_tokenizer(folder)
     first = sample(policy, folder, make_prompts(folder), 1, max_completion_tokens=10)

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from core.options import Options
 from trainer.batch import Batch, Prompt, Rollout, Support
 from trainer.policy import Policy
+from trainer.probes import takes_packed_rows
 from trainer.random import Purpose
 from trainer.rollout import RolloutEngine, Sampling
 from trainer.tokens import load_tokenizer, render_prompt
@@ -87,3 +89,8 @@ def dense_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> torch.
         log_p = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
         rows.append(log_p[len(prompt) - 1 : -1].gather(1, batch.completion_ids[row][:, None])[:, 0])
     return torch.stack(rows) * batch.completion_mask
+
+
+def choose_layout(monkeypatch: pytest.MonkeyPatch, packs: bool) -> None:
+    """Policies made from here on use packed rows, as this family's do, or one row per completion."""
+    monkeypatch.setattr("trainer.policy.takes_packed_rows", takes_packed_rows if packs else lambda _: False)

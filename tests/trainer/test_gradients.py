@@ -13,7 +13,6 @@ from tests.tiny import build_tiny_model
 from tests.trainer.oracle import Oracle, Verdict, widen
 from trainer.advantages import make_estimator
 from trainer.batch import Batch
-from trainer.layout import Cost
 from trainer.policy import Policy, load_model
 from trainer.update import Learner
 
@@ -22,7 +21,6 @@ ROWS = GROUPS * GROUP_SIZE
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 MODELS: dict[torch.dtype, dict[str, Any]] = {torch.float64: {"head_scale": 12.0}, torch.float32: {"layers": 1}}
 """In float32 a gentle one: in the other the rounding of the model's own layers is 3e-6, against 6e-7 here."""
-LAYOUTS = {"packed": Cost(per_token=1.0, per_pair=0.0), "padded": Cost(per_token=0.0, per_pair=1.0)}
 KL_COEFFICIENT = 0.3
 """The current one, which is not that of the options."""
 
@@ -149,8 +147,8 @@ def test_gradients_and_metrics_equal_the_oracles_in_any_layout_and_split(model: 
     assert learner.policy._packs, "a model that fails its own probe is never packed"
     batch = record(learner, make_rollouts(dtype))
     verdict = Oracle(folder, learner.options, learner.kl_coefficient).judge(learner.policy.trainable_state(), batch)
-    for cost in LAYOUTS.values():
-        learner.policy._cost = cost
+    for packs in (True, False):
+        learner.policy._packs = packs
         for microbatches in (1, 2, 4, ROWS):
             found, report = update(learner, batch, microbatches)
             assert relative_error(found, verdict, "policy.") <= TOLERANCE[dtype]

@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from trainer import logprobs as module
 from trainer.batch import Support
@@ -66,20 +68,32 @@ def test_chunked_head_equals_dense_autograd_in_float64(has_bias, temperature, sc
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gave back."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        found = operation(*arguments, **(named or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_no_tensor_grows_with_tokens_times_vocabulary(monkeypatch, dtype):
     monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 5 * VOCABULARY)
-    rows = []
-    original = Head.logits
-
-    def watched(self, hidden, dtype):
-        rows.append(len(hidden))
-        return original(self, hidden, dtype)
-
-    monkeypatch.setattr(Head, "logits", watched)
-    hidden, weight, _, targets = tensors(1)
-    score_tokens(hidden, Head(weight), targets, 1.0, torch.float64)[0].sum().backward()
-    assert max(rows) == 5
-    assert sum(rows) == 2 * TOKENS
+    largest = []
+    for repeats in (1, 8):
+        hidden, weight, _, targets = tensors(1, torch.float64 if dtype == torch.float64 else torch.float32)
+        hidden, targets = hidden.detach().repeat(repeats, 1).requires_grad_(), targets.repeat(repeats)
+        with Largest() as watched:
+            score_tokens(hidden, Head(weight), targets, 1.0, dtype)[0].sum().backward()
+        largest.append(watched.elements)
+    assert largest == [max(5 * VOCABULARY, weight.numel(), tensors(1)[0].numel() * repeats) for repeats in (1, 8)]
 
 
 def test_a_narrow_product_still_gives_wide_numbers_and_head_gradient():

@@ -10,17 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from core.errors import InvalidRequest, TrainingError
 from tests.tiny import build_tiny_tokenizer
-from tests.trainer.batches import batch_of_rollouts, dense_logprobs, make_batch, make_policy, make_prompts, sample
-from trainer import policy as module
-from trainer.layout import Cost
+from tests.trainer.batches import batch_of_rollouts, choose_layout, dense_logprobs, make_batch, make_policy, make_prompts, sample
 
 GROUPS = [
     ([3, 6, 7, 8, 1, 4], [[9, 10, 11, 1], [12, 1], [13, 14, 15, 16, 17, 18, 19]]),
     ([3, 20, 1, 4], [[21], [22, 23, 1], [24, 25]]),
     ([3, 6, 6, 6, 6, 6, 6, 6, 1, 4], [[30, 31, 1], [], [32]]),
 ]
-ALWAYS_PACK = Cost(per_token=1.0, per_pair=0.0)
-ALWAYS_PAD = Cost(per_token=0.0, per_pair=1.0)
 
 
 def gradients(policy, batch, rows_of=None):
@@ -36,9 +32,9 @@ def gradients(policy, batch, rows_of=None):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("cost", [ALWAYS_PACK, ALWAYS_PAD])
-def test_log_probs_equal_the_dense_forward_pass_packed_and_padded(tiny, monkeypatch, cost, temperature):
-    monkeypatch.setattr(module, "_cost", lambda _: cost)
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_log_probs_equal_the_dense_forward_pass_packed_and_padded(tiny, monkeypatch, packs, temperature):
+    choose_layout(monkeypatch, packs)
     policy = make_policy(tiny)
     policy.model.double()
     batch = make_batch(GROUPS)
@@ -48,8 +44,8 @@ def test_log_probs_equal_the_dense_forward_pass_packed_and_padded(tiny, monkeypa
 
 def test_gradients_of_packed_and_padded_equal_the_dense_ones(tiny, monkeypatch):
     found = []
-    for cost in (ALWAYS_PACK, ALWAYS_PAD):
-        monkeypatch.setattr(module, "_cost", lambda _, cost=cost: cost)
+    for packs in (True, False):
+        choose_layout(monkeypatch, packs)
         policy = make_policy(tiny)
         policy.model.double()
         policy.score(make_batch(GROUPS), 1.0).logprobs.sum().backward()

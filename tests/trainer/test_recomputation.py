@@ -9,15 +9,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from core.errors import InvalidRequest
 from core.run_directory import End
 from tests.tiny import build_tiny_model, build_tiny_tokenizer
-from tests.trainer.batches import make_batch, make_policy
+from tests.trainer.batches import choose_layout, make_batch, make_policy
 from tests.trainer.runs import make_run_directory, read_metrics, train_here
-from trainer import policy as policy_module
-from trainer.layout import Cost
 from trainer.policy import Policy
 from trainer.recomputation import recompute_layers
 
 GROUPS = [([3, 6, 7, 8, 1, 4], [[9, 10, 11, 1], [12, 1]]), ([3, 20, 1, 4], [[21], [22, 23, 24, 1]])]
-PACKED, PADDED = Cost(per_token=1.0, per_pair=0.0), Cost(per_token=0.0, per_pair=1.0)
 
 
 def moved_policy(folder: Path, **options: Any) -> Policy:
@@ -44,13 +41,13 @@ def gradients(policy: Policy) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None]
 
 
-@pytest.mark.parametrize("cost", [PACKED, PADDED], ids=["packed", "padded"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
 @pytest.mark.parametrize("value", [{}, {"value_model": "shared_backbone"}, {"value_model": "separate"}], ids=["none", "shared", "separate"])
 def test_gradients_are_bit_for_bit_those_of_kept_activations(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, cost: Cost, finetuning: str, value: dict[str, Any]
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, packs: bool, finetuning: str, value: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(policy_module, "_cost", lambda _: cost)
+    choose_layout(monkeypatch, packs)
     kept, recomputed = (
         gradients(moved_policy(tiny, finetuning=finetuning, gradient_checkpointing=choice, **value)) for choice in (False, True)
     )
@@ -103,9 +100,8 @@ def saved_bytes(folder: Path, layers: int, **options: Any) -> int:
 
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
 def test_a_further_layer_keeps_its_input_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetuning: str) -> None:
-    """Two packed rows of 12 tokens with a hidden size of 64, in float32; with kept activations a layer holds over 15 times that."""
-    monkeypatch.setattr(policy_module, "_cost", lambda _: PACKED)
-    input_bytes = 2 * 12 * 64 * 4
+    """A packed row of 21 tokens with a hidden size of 64, in float32; with kept activations a layer holds over 15 times that."""
+    input_bytes = 21 * 64 * 4
     growth = {}
     for choice in (False, True):
         few, many = (saved_bytes(tmp_path / f"{layers}", layers, finetuning=finetuning, gradient_checkpointing=choice) for layers in (2, 4))

@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from core.options import Options
-from tests.trainer.batches import make_batch, make_policy, make_prompts, sample
+from tests.trainer.batches import choose_layout, make_batch, make_policy, make_prompts, sample
 from tests.trainer.runs import make_run_directory, read_metrics, read_samples, train_here
-from trainer import policy as policy_module
 from trainer import rollout as rollout_module
 from trainer import session as session_module
 from trainer.batch import Batch, Graded, Support
 from trainer.config import load_job
 from trainer.data import collate
 from trainer.engine_sampling import kept_ids, kept_tokens, sample_tokens
-from trainer.layout import Cost
 from trainer.random import Purpose
 
 OFF: dict[str, Any] = {"top_k": None, "top_p": 1.0, "min_p": 0.0}
@@ -219,9 +217,9 @@ def dense_scores(model, batch: Batch, temperature: float) -> tuple[torch.Tensor,
     return logprobs, entropies
 
 
-@pytest.mark.parametrize("cost", [Cost(per_token=1.0, per_pair=0.0), Cost(per_token=0.0, per_pair=1.0)], ids=["packed", "padded"])
-def test_scores_with_holes_in_the_mask_equal_the_dense_ones_in_any_selection(tiny, monkeypatch, cost):
-    monkeypatch.setattr(policy_module, "_cost", lambda _: cost)
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+def test_scores_with_holes_in_the_mask_equal_the_dense_ones_in_any_selection(tiny, monkeypatch, packs):
+    choose_layout(monkeypatch, packs)
     policy = make_policy(tiny, kl_coefficient=0.1)
     policy.model.double()
     policy._reference.double()

@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from tests.trainer.batches import make_batch, make_policy
-from trainer import policy as policy_module
-from trainer.layout import Cost
+from tests.trainer.batches import choose_layout, make_batch, make_policy
 
 GROUPS = [([3, 6, 1, 4], [[9, 10, 1], [12, 1]]), ([3, 20, 1, 4], [[21], [22, 23, 24, 1]])]
 KINDS = [("full", "separate"), ("lora", "separate"), ("full", "shared_backbone"), ("lora", "shared_backbone")]
@@ -75,11 +73,11 @@ def test_values_are_saved_beside_the_policy(tiny, tmp_path):
     assert {name.split(".")[0] for name in policy.trainable_state()} == {"policy", "value"}
 
 
-@pytest.mark.parametrize("cost", [Cost(1.0, 0.0), Cost(0.0, 1.0)], ids=["packed", "padded"])
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", ["separate", "shared_backbone"])
-def test_bootstrap_value_is_read_at_the_state_after_the_last_token(tiny, monkeypatch, kind, cost):
+def test_bootstrap_value_is_read_at_the_state_after_the_last_token(tiny, monkeypatch, kind, packs):
     """Also after a row with a hole, and after one in which nothing counts: there it is that of the prompt."""
-    monkeypatch.setattr(policy_module, "_cost", lambda _: cost)
+    choose_layout(monkeypatch, packs)
     policy = make(tiny, "full", kind, truncation_bootstrap=True)
     open_head(policy)
     batch = make_batch([*GROUPS, ([3, 8, 8, 4], [[31, 32, 33], []])])
