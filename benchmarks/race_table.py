@@ -71,7 +71,17 @@ GOALS = (
 
 def make_table(races: Sequence[Race]) -> str:
     """Markdown: two rows for each race."""
-    head = ["config", "contender", "micro-batch", *(f"{phase} s" for phase in PHASES), "step s", "min-max", "tokens/s", "peak GiB", "peer / ours"]
+    head = [
+        "config",
+        "contender",
+        "micro-batch",
+        *(f"{phase} s" for phase in PHASES),
+        "step s",
+        "min-max",
+        "tokens/s",
+        "peak GiB",
+        "peer / ours",
+    ]
     lines = [head, ["---"] * len(head)]
     for race in races:
         lines.append([race.config, *_cells(race.ours), f"**{race.speed_ratio():.2f}**"])

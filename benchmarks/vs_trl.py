@@ -24,8 +24,7 @@ from benchmarks.workload import Workload, completion_lengths
 from local.models import convert_smollm2
 from worker.trainer_process import trainer_environment
 
-MICRO_BATCHES = (8, 4, 16, 32)
-"""In the order in which the peer tries them."""
+MICRO_BATCHES = [8, 4, 16, 32]
 CONFIGS = ["-".join(parts) for parts in product(("fixed", "drawn"), ("full", "lora"), ("bf16", "amp", "float32"))]
 RECORD = "vs_trl.json"
 
@@ -38,6 +37,8 @@ class Session:
     model: Path
     rounds: int
     num_threads: int
+    micro_batches: list[int]
+    """That the peer tries, in this order."""
 
     @property
     def log(self) -> Path:
@@ -65,7 +66,7 @@ class Session:
     def fastest_peer(self, workload: Workload, switches: dict[str, Any]) -> tuple[Contender, int]:
         """The peer at its best micro-batch, warmed up: each is warmed up and then timed once, one process after the other."""
         best: tuple[float, Contender, int] | None = None
-        for micro_batch in MICRO_BATCHES:
+        for micro_batch in self.micro_batches:
             peer = Contender(f"TRL, micro-batch {micro_batch}", self.log, run_peer, workload, micro_batch, switches)
             say(f"{peer.name}, warm-up", peer.step())
             report = peer.step()
@@ -104,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder for the model (0.5 GB), the raw rounds and the log")
     parser.add_argument("--config", nargs="+", default=[], metavar="NAME", help=f"beginnings of names; none: no race. {', '.join(CONFIGS)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=MICRO_BATCHES, help="that the peer tries")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--model", type=Path, help="a model folder in place of SmolLM2")
     return parser.parse_args()
@@ -113,7 +115,7 @@ def main() -> None:
     given = parse_arguments()
     os.environ.update(trainer_environment(given.threads))
     given.work.mkdir(parents=True, exist_ok=True)
-    session = Session(given.work, given.model or convert_smollm2(given.work / "models"), given.rounds, given.threads)
+    session = Session(given.work, given.model or convert_smollm2(given.work / "models"), given.rounds, given.threads, given.micro_batches)
     session.log.unlink(missing_ok=True)
     commit, path = describe_commit(), given.work / RECORD
     chosen = [config for config in CONFIGS if config.startswith(tuple(given.config))] if given.config else []
