@@ -5,10 +5,9 @@ The parent holds a `Contender`, the process a `Track`. Between steps the process
 
 import multiprocessing
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -125,10 +124,5 @@ def _be_contender(connection: Connection, log: Path, run: Callable[..., None], a
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    try:
+    with suppress(RaceOver):
         run(Track(connection), *arguments)
-    except RaceOver:
-        return
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)

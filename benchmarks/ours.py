@@ -1,8 +1,7 @@
 """Our side of a race: a real run of `trainer.loop.train` in deterministic mode, stopped between its steps."""
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.contender import Track
+from benchmarks.machine_switches import machine_switches
+from benchmarks.phases import PhaseClock, time_backward
 from benchmarks.workload import GROUP_SIZE, LEARNING_RATE, LORA_ALPHA, LORA_RANK, NUM_PROMPTS, Workload, prompt_rows, reward
 from core.grader_specs import StringCheckGrader
 from core.options import Options
@@ -36,7 +37,7 @@ def run_ours(track: Track, workload: Workload) -> None:
 
         def metrics(step: int, phase: Any, values: dict[str, float], digest: str = "") -> None:
             write(step, phase, values, digest)
-            track.finish_step(_phases(values, clock), sum(workload.lengths))
+            track.finish_step(_phases(values, clock.take()), sum(workload.lengths))
 
         run.recorder.metrics = metrics  # type: ignore[method-assign]
         track.ready(machine_switches())
@@ -72,14 +73,6 @@ def _move_adapter(run: Run) -> None:
     for name, tensor in run.policy.trainable_state().items():
         if "lora_B" in name:
             tensor.normal_(std=0.01, generator=generator)
-
-
-def machine_switches() -> dict[str, Any]:
-    """What our trainer set for matrix products, so that the peer gets the same."""
-    return {
-        "fp32_precision": torch.backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        "float32_matmul": torch.get_float32_matmul_precision(),
-    }
 
 
 @contextmanager
@@ -170,33 +163,26 @@ class _RewardGrader:
         pass
 
 
-def _time_phases(run: Run) -> dict[str, float]:
-    """Seconds of `forward` and `backward` since they were last emptied; they add up as the run goes on."""
-    clock = {"forward": 0.0, "backward": 0.0}
+def _time_phases(run: Run) -> PhaseClock:
+    """A clock that has `forward` and `backward` of the update since the update began."""
+    clock = PhaseClock()
+    update = run.learner.update
 
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                clock[name] += time.perf_counter() - start
+    def update_timed(*arguments: Any) -> dict[str, float]:
+        clock.take()
+        return update(*arguments)
 
-        return wrapper
-
-    run.policy.score = timed("forward", run.policy.score)  # type: ignore[method-assign]
-    torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
+    run.learner.update = update_timed  # type: ignore[method-assign]
+    run.policy.score = clock.timed("forward", run.policy.score)  # type: ignore[method-assign]
+    time_backward(clock)
     return clock
 
 
-def _phases(values: dict[str, float], clock: dict[str, float]) -> dict[str, float]:
-    """From the step's own metrics. `optimizer` is what an update does beside forward and backward passes: clip, step, statistics."""
-    forward, backward = clock["forward"], clock["backward"]
-    clock.update(forward=0.0, backward=0.0)
+def _phases(values: dict[str, float], update: dict[str, float]) -> dict[str, float]:
+    """From the step's own metrics and the passes of its update. The forward pass for the metric `kl_old` is one of them."""
     return {
         "generation": values["seconds_rollout"],
         "scoring": values["seconds_grading"] + values["seconds_scoring"],
-        "forward": forward,
-        "backward": backward,
-        "optimizer": values["seconds_update"] - forward - backward,
+        **update,
+        "optimizer": values["seconds_update"] - sum(update.values()),
     }

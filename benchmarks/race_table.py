@@ -1,13 +1,14 @@
 """From the raw rounds of races to tables: medians, ratios of medians, and what they were to be."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.contender import Report
-
-PHASES = ("generation", "scoring", "forward", "backward", "optimizer")
+from benchmarks.phases import PHASES
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,6 @@ class Entry:
     """One contender's rounds."""
 
     contender: str
-    micro_batch: str
-    """Rows per forward pass."""
-
     reports: list[Report]
 
     def seconds(self, phase: str) -> float:
@@ -41,9 +39,10 @@ class Race:
     ours: Entry
     peer: Entry
 
-    def speed_ratio(self, phase: str = "step") -> float:
-        """The peer's median seconds over ours: above 1 we are faster."""
-        return self.peer.seconds(phase) / self.ours.seconds(phase)
+    @property
+    def speed_ratio(self) -> float:
+        """The peer's median step over ours: above 1 we are faster."""
+        return self.peer.seconds("step") / self.ours.seconds("step")
 
     @property
     def memory_ratio(self) -> float:
@@ -53,63 +52,52 @@ class Race:
 
 @dataclass(frozen=True)
 class Goal:
+    """A speed ratio of at least `wanted`, or a memory ratio of at most that."""
+
     what: str
     config: str
     wanted: float
-    is_at_most: bool = False
-    """A memory ratio; others are speed ratios of at least `wanted`."""
+    is_memory: bool = False
 
+    def measured(self, race: Race) -> float:
+        return race.memory_ratio if self.is_memory else race.speed_ratio
 
-GOALS = (
-    Goal("whole step, bf16, 64 tokens", "fixed-full-bf16", 3.0),
-    Goal("whole step, bf16, drawn lengths", "drawn-full-bf16", 3.5),
-    Goal("whole step, float32", "fixed-full-float32", 2.5),
-    Goal("peak memory, equal state precision", "fixed-full-amp", 1.0, is_at_most=True),
-    Goal("peak memory, peer all in bf16", "fixed-full-bf16", 1.25, is_at_most=True),
-)
+    def is_reached(self, race: Race) -> bool:
+        return self.measured(race) <= self.wanted if self.is_memory else self.measured(race) >= self.wanted
 
 
 def make_table(races: Sequence[Race]) -> str:
-    """Markdown: two rows for each race."""
-    head = [
-        "config",
-        "contender",
-        "micro-batch",
-        *(f"{phase} s" for phase in PHASES),
-        "step s",
-        "min-max",
-        "tokens/s",
-        "peak GiB",
-        "peer / ours",
-    ]
-    lines = [head, ["---"] * len(head)]
+    """Markdown: two rows for each race, with the phases that its contenders reported."""
+    phases = [phase for phase in PHASES if any(phase in race.ours.reports[0].seconds for race in races)]
+    head = ["config", "contender", *(f"{phase} s" for phase in phases), "whole s", "min-max", "tokens/s", "peak GiB", "peer / ours"]
+    rows = []
     for race in races:
-        lines.append([race.config, *_cells(race.ours), f"**{race.speed_ratio():.2f}**"])
-        lines.append(["", *_cells(race.peer), ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([race.config, *_cells(race.ours, phases), f"**{race.speed_ratio:.2f}**"])
+        rows.append(["", *_cells(race.peer, phases), ""])
+    return _markdown(head, rows)
 
 
-def make_goals(races: Sequence[Race]) -> str:
+def make_goals(races: Sequence[Race], goals: Sequence[Goal]) -> str:
     """Markdown: what was wanted and what was reached, for the races that were run."""
     by_config = {race.config: race for race in races}
-    lines = [["goal", "config", "wanted", "measured", ""], ["---"] * 5]
-    for goal in GOALS:
-        if goal.config not in by_config:
-            continue
-        race = by_config[goal.config]
-        measured = race.memory_ratio if goal.is_at_most else race.speed_ratio()
-        is_reached = measured <= goal.wanted if goal.is_at_most else measured >= goal.wanted
-        sign = "<=" if goal.is_at_most else ">="
-        lines.append([goal.what, goal.config, f"{sign} {goal.wanted}", f"{measured:.2f}", "reached" if is_reached else "not reached"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = []
+    for goal in goals:
+        if goal.config in by_config:
+            race = by_config[goal.config]
+            wanted = f"{'<=' if goal.is_memory else '>='} {goal.wanted}"
+            rows.append([goal.what, goal.config, wanted, f"{goal.measured(race):.2f}", "yes" if goal.is_reached(race) else "no"])
+    return _markdown(["goal", "config", "wanted", "measured", "reached"], rows)
 
 
-def _cells(entry: Entry) -> list[str]:
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def _cells(entry: Entry, phases: list[str]) -> list[str]:
     steps = [report.seconds["step"] for report in entry.reports]
     return [
         entry.contender,
-        entry.micro_batch,
-        *(f"{entry.seconds(phase):.2f}" for phase in PHASES),
+        *(f"{entry.seconds(phase):.2f}" for phase in phases),
         f"{entry.seconds('step'):.2f}",
         f"{min(steps):.2f}-{max(steps):.2f}",
         f"{entry.tokens_per_second:.0f}",
@@ -117,15 +105,31 @@ def _cells(entry: Entry) -> list[str]:
     ]
 
 
-def to_plain(race: Race) -> dict[str, Any]:
-    def entry(one: Entry) -> dict[str, Any]:
-        return {"contender": one.contender, "micro_batch": one.micro_batch, "reports": [vars(report) for report in one.reports]}
+class Record:
+    """The races of one commit in a JSON file: a table can be printed again without running them."""
 
-    return {"config": race.config, "ours": entry(race.ours), "peer": entry(race.peer)}
+    def __init__(self, path: Path, commit: str) -> None:
+        self._path, self._commit = path, commit
+
+    def races(self) -> list[Race]:
+        """Those of this commit; others have no place in its table."""
+        plain = json.loads(self._path.read_text()) if self._path.exists() else {"commit": self._commit, "races": []}
+        return [_from_plain(race) for race in plain["races"]] if plain["commit"] == self._commit else []
+
+    def add(self, race: Race) -> None:
+        """In place of an earlier one of the same configuration."""
+        races = {one.config: one for one in self.races()} | {race.config: race}
+        aside = self._path.with_suffix(".tmp")
+        aside.write_text(json.dumps({"commit": self._commit, "races": [_to_plain(one) for one in races.values()]}, indent=1))
+        aside.replace(self._path)
 
 
-def from_plain(plain: dict[str, Any]) -> Race:
-    def entry(one: dict[str, Any]) -> Entry:
-        return Entry(one["contender"], one["micro_batch"], [Report(**report) for report in one["reports"]])
+def _to_plain(race: Race) -> dict[str, Any]:
+    sides = {"ours": race.ours, "peer": race.peer}
+    plain = {side: {"contender": one.contender, "reports": [vars(report) for report in one.reports]} for side, one in sides.items()}
+    return {"config": race.config, **plain}
 
-    return Race(plain["config"], entry(plain["ours"]), entry(plain["peer"]))
+
+def _from_plain(plain: dict[str, Any]) -> Race:
+    ours, peer = (Entry(plain[side]["contender"], [Report(**report) for report in plain[side]["reports"]]) for side in ("ours", "peer"))
+    return Race(plain["config"], ours, peer)

@@ -4,7 +4,6 @@ On-policy, no reference model, no checkpointing of activations, nothing logged o
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.contender import Track
+from benchmarks.library import ForcedLengths, load_library_model
+from benchmarks.machine_switches import set_up_peer
+from benchmarks.phases import PhaseClock, now
 from benchmarks.workload import BETAS, GROUP_SIZE, LEARNING_RATE, LORA_ALPHA, LORA_RANK, NUM_PROMPTS, Workload, prompt_rows, reward
 
 MANY_STEPS = 100_000
 ROWS_AHEAD = 10_000
-
-
-class ForcedLengths(LogitsProcessor):
-    """Row i ends with the end token as token lengths[i]; before that the end token is never drawn.
-
-    Handicap: per token one assignment to a column, and where rows end, which is known beforehand, one to those rows.
-    """
-
-    def __init__(self, lengths: tuple[int, ...], end_ids: list[int]) -> None:
-        self._ends = end_ids
-        self._ending = {length: torch.tensor([row for row, own in enumerate(lengths) if own == length]) for length in set(lengths)}
-        self._longest = max(lengths)
-        self._drawn = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._drawn = self._drawn % self._longest + 1
-        scores[:, self._ends] = -torch.inf
-        if self._drawn in self._ending:
-            rows = self._ending[self._drawn]
-            scores[rows] = -torch.inf
-            scores[rows, self._ends[0]] = 0.0
-        return scores
 
 
 class TimedTrainer(GRPOTrainer):
@@ -59,7 +39,8 @@ class TimedTrainer(GRPOTrainer):
         **changes: Any,
     ) -> None:
         """`adapter`: weights to start from; `rewards`: in place of the workload's; `changes` to the configuration."""
-        self.clock: dict[str, float] = {}
+        self.clock = PhaseClock()
+        self._optimizer_start = 0.0
         model = load_model(workload, adapter)
         rows = [{"prompt": row["messages"]} for row in prompt_rows()]
         super().__init__(
@@ -71,42 +52,28 @@ class TimedTrainer(GRPOTrainer):
             callbacks=callbacks,
         )
         forced = [ForcedLengths(workload.lengths, self.eos_token_ids)]
-        generate, backward = self.model.generate, self.accelerator.backward
+        generate = self.model.generate
         self.model.generate = lambda **inputs: generate(**inputs, logits_processor=forced)
-        self.accelerator.backward = self._timed("backward", backward)
+        self.accelerator.backward = self.clock.timed("backward", self.accelerator.backward)
 
     def _generate(self, *arguments: Any, **named: Any) -> Any:
-        return self._timed("generation", super()._generate)(*arguments, **named)
+        return self.clock.timed("generation", super()._generate)(*arguments, **named)
 
     def _generate_and_score_completions(self, *arguments: Any, **named: Any) -> Any:
-        return self._timed("generation_and_scoring", super()._generate_and_score_completions)(*arguments, **named)
+        return self.clock.timed("generation and scoring", super()._generate_and_score_completions)(*arguments, **named)
 
     def _compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        return self._timed("forward", super()._compute_loss)(*arguments, **named)
+        return self.clock.timed("forward", super()._compute_loss)(*arguments, **named)
 
     def _clip_grad_norm(self, *arguments: Any, **named: Any) -> Any:
-        self.clock["optimizer_began"] = time.perf_counter()
+        self._optimizer_start = now()
         return super()._clip_grad_norm(*arguments, **named)
 
-    def _timed(self, name: str, function: Any) -> Any:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*arguments, **named)
-            finally:
-                self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - start
-
-        return wrapper
-
     def take_phases(self) -> dict[str, float]:
-        clock, self.clock = self.clock, {}
-        return {
-            "generation": clock["generation"],
-            "scoring": clock["generation_and_scoring"] - clock["generation"],
-            "forward": clock["forward"],
-            "backward": clock["backward"],
-            "optimizer": time.perf_counter() - clock["optimizer_began"],
-        }
+        """At the end of a step."""
+        seconds = self.clock.take()
+        scoring = seconds.pop("generation and scoring") - seconds["generation"]
+        return {**seconds, "scoring": scoring, "optimizer": now() - self._optimizer_start}
 
 
 def run_peer(track: Track, workload: Workload, micro_batch: int, switches: dict[str, Any]) -> None:
@@ -119,7 +86,7 @@ def run_peer(track: Track, workload: Workload, micro_batch: int, switches: dict[
         def on_step_end(self, *_: Any, **__: Any) -> None:
             track.finish_step(trainer.take_phases(), sum(workload.lengths))
 
-    set_up_machine(workload.num_threads, switches)
+    set_up_peer(workload.num_threads, switches)
     with tempfile.TemporaryDirectory() as output:
         trainer = TimedTrainer(workload, micro_batch, output, [Pace()])
         trainer.train()
@@ -144,19 +111,13 @@ def save_peer_gradients(track: Track, workload: Workload, micro_batch: int, fold
             gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
             torch.save(gradients, folder / "peer.pt")
 
-    set_up_machine(workload.num_threads, ours)
+    set_up_peer(workload.num_threads, ours)
     with tempfile.TemporaryDirectory() as output:
         changes = {"max_steps": 1, "max_grad_norm": 0.0}
         adapter = folder / "adapter" if workload.finetuning == "lora" else None
         trainer = Replay(workload, micro_batch, output, [Save()], adapter=adapter, rewards=lambda **_: ours["rewards"], **changes)
         trainer.train()
     track.ready({"trained_tokens": trainer.trained_tokens})
-
-
-def set_up_machine(num_threads: int, switches: dict[str, Any]) -> None:
-    torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision(switches["float32_matmul"])
-    torch.backends.mkldnn.matmul.fp32_precision = switches["fp32_precision"]  # type: ignore[attr-defined]
 
 
 def make_config(workload: Workload, micro_batch: int, output: str, **changes: Any) -> GRPOConfig:
@@ -180,7 +141,7 @@ def make_config(workload: Workload, micro_batch: int, output: str, **changes: An
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
         "gradient_checkpointing": False,
-        "bf16": workload.precision == "amp",
+        "bf16": workload.precision != "float32",
         "max_steps": MANY_STEPS,
         "use_cpu": not torch.cuda.is_available(),
         "report_to": [],
@@ -193,8 +154,7 @@ def make_config(workload: Workload, micro_batch: int, output: str, **changes: An
 
 def load_model(workload: Workload, adapter: Path | None) -> Any:
     """All in the precision of the workload, the adapter too: TRL leaves a new adapter on a bf16 model in float32, which is slower."""
-    dtype = torch.bfloat16 if workload.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=dtype)
+    model = load_library_model(workload)
     if workload.finetuning == "full":
         return model
     if adapter is not None:
