@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 STEP_SECONDS = 900.0
 """Longest wait for a step, or for the start of a process."""
 LOG_END = 3000
@@ -115,7 +117,9 @@ class Contender:
 
 
 def peak_bytes() -> int:
-    """The highest resident size of this process so far."""
+    """The most that this process has held so far: of the GPU's memory where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 

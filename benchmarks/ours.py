@@ -92,7 +92,14 @@ def opened(workload: Workload) -> Iterator[Run]:
 
 
 def make_run_directory(folder: Path, workload: Workload) -> None:
-    job = ResolvedJob(
+    publish_json(folder / JOB, make_job(workload))
+    (folder / TRAIN).write_bytes(as_jsonl(prompt_rows()))
+    (folder / MODEL).symlink_to(workload.model.resolve())
+
+
+def make_job(workload: Workload) -> ResolvedJob:
+    """Deterministic, as every job that does not ask otherwise. Its grader is never made."""
+    return ResolvedJob(
         job_id="benchmark",
         attempt=1,
         algorithm="grpo",
@@ -102,9 +109,6 @@ def make_run_directory(folder: Path, workload: Workload) -> None:
         model=ModelSource(name=workload.model.name, digest=""),
         num_threads=workload.num_threads,
     )
-    publish_json(folder / JOB, job)
-    (folder / TRAIN).write_bytes(as_jsonl(prompt_rows()))
-    (folder / MODEL).symlink_to(workload.model.resolve())
 
 
 def make_options(workload: Workload) -> Options:
