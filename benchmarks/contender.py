@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 STEP_SECONDS = 900.0
 """Longest wait for a step, or for the start of a process."""
 LOG_END = 3000
@@ -40,7 +38,7 @@ class Report:
     """Completion tokens of the step."""
 
     peak_bytes: int
-    """The most memory that the process has held since its start."""
+    """The most memory that the contender has held since its start."""
 
 
 class Track:
@@ -55,10 +53,10 @@ class Track:
         self._connection.send(facts)
         self._wait()
 
-    def finish_step(self, phases: dict[str, float], tokens: int) -> None:
+    def finish_step(self, phases: dict[str, float], tokens: int, peak_bytes: int) -> None:
         """Reports the step, then waits for the next. Raises: RaceOver."""
         seconds = {**phases, "step": time.perf_counter() - self._start}
-        self._connection.send(Report(seconds, tokens, peak_bytes()))
+        self._connection.send(Report(seconds, tokens, peak_bytes))
         self._wait()
 
     def _wait(self) -> None:
@@ -85,7 +83,8 @@ class Contender:
 
     def step(self) -> Report:
         """Raises: ContenderFailed."""
-        self._connection.send("step")
+        with suppress(ConnectionError):
+            self._connection.send("step")
         report: Report = self._receive()
         return report
 
@@ -107,21 +106,13 @@ class Contender:
         try:
             if self._connection.poll(STEP_SECONDS):
                 message = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join(timeout=30)
         if message is None:
             self._process.kill()
             said = self._log.read_text(errors="replace")[-LOG_END:] if self._log.exists() else ""
             raise ContenderFailed(f"{self.name} gave no report within {STEP_SECONDS:.0f} s or died.\n{said}")
         return message
-
-
-def peak_bytes() -> int:
-    """The most that this process has held so far: of the GPU's memory where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _be_contender(connection: Connection, log: Path, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:

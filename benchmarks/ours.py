@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.contender import Track
 from benchmarks.machine_switches import machine_switches
-from benchmarks.phases import PhaseClock, time_backward
+from benchmarks.phases import PhaseClock, peak_bytes, time_backward
 from benchmarks.workload import GROUP_SIZE, LEARNING_RATE, LORA_ALPHA, LORA_RANK, NUM_PROMPTS, Workload, prompt_rows, reward
 from core.grader_specs import StringCheckGrader
 from core.options import Options
@@ -37,7 +37,7 @@ def run_ours(track: Track, workload: Workload) -> None:
 
         def metrics(step: int, phase: Any, values: dict[str, float], digest: str = "") -> None:
             write(step, phase, values, digest)
-            track.finish_step(_phases(values, clock.take()), sum(workload.lengths))
+            track.finish_step(_phases(values, clock.take()), sum(workload.lengths), peak_bytes())
 
         run.recorder.metrics = metrics  # type: ignore[method-assign]
         track.ready(machine_switches())

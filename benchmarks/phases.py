@@ -1,7 +1,8 @@
-"""Seconds of the phases of a step, by wrapping the functions that do them; a GPU is waited for at both ends."""
+"""Seconds of the phases of a step, by wrapping the functions that do them, and memory. A GPU is waited for at both ends."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_bytes() -> int:
+    """The most that this process has held so far: of the GPU's memory where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def time_backward(clock: PhaseClock) -> None:

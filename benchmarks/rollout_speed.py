@@ -13,6 +13,7 @@ from benchmarks.contender import Contender, Track
 from benchmarks.library import LibraryRollout
 from benchmarks.machine_switches import machine_switches, set_up_peer
 from benchmarks.ours import opened
+from benchmarks.phases import peak_bytes
 from benchmarks.race import choose, prepare, print_report, race_parser, run_rounds, say
 from benchmarks.race_table import Goal, Race
 from benchmarks.workload import Workload, completion_lengths
@@ -28,7 +29,7 @@ def roll_ours(track: Track, workload: Workload) -> None:
         track.ready(machine_switches())
         for step in itertools.count(1):
             rollouts = run.collector.generate(step).rollouts
-            track.finish_step({}, sum(len(rollout.token_ids) for rollout in rollouts))
+            track.finish_step({}, sum(len(rollout.token_ids) for rollout in rollouts), peak_bytes())
 
 
 def roll_library(track: Track, workload: Workload, switches: dict[str, str]) -> None:
@@ -37,7 +38,7 @@ def roll_library(track: Track, workload: Workload, switches: dict[str, str]) -> 
     track.ready({})
     while True:
         rollout.generate()
-        track.finish_step({}, sum(workload.lengths))
+        track.finish_step({}, sum(workload.lengths), peak_bytes())
 
 
 def run_race(config: str, model: Path, log: Path, rounds: int, num_threads: int) -> Race:

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.contender import Track
 from benchmarks.library import ForcedLengths, load_library_model
 from benchmarks.machine_switches import set_up_peer
-from benchmarks.phases import PhaseClock, now
+from benchmarks.phases import PhaseClock, now, peak_bytes
 from benchmarks.workload import BETAS, GROUP_SIZE, LEARNING_RATE, LORA_ALPHA, LORA_RANK, NUM_PROMPTS, Workload, prompt_rows, reward
 
 MANY_STEPS = 100_000
@@ -84,7 +84,7 @@ def run_peer(track: Track, workload: Workload, micro_batch: int, switches: dict[
             track.ready({"micro_batch": micro_batch})
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            track.finish_step(trainer.take_phases(), sum(workload.lengths))
+            track.finish_step(trainer.take_phases(), sum(workload.lengths), peak_bytes())
 
     set_up_peer(workload.num_threads, switches)
     with tempfile.TemporaryDirectory() as output:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from benchmarks.contender import Contender, Track
 from benchmarks.machine_switches import machine_switches, set_up_peer
 from benchmarks.ours import make_job
-from benchmarks.phases import PhaseClock, time_backward
+from benchmarks.phases import PhaseClock, peak_bytes, time_backward
 from benchmarks.plain_update import PlainUpdate
 from benchmarks.race import choose, prepare, print_report, race_parser, run_rounds, say
 from benchmarks.race_table import Race
@@ -104,7 +104,7 @@ def update_ours(track: Track, work: Work) -> None:
         update(scored, make_estimator(job.options)(scored, 0.0), plan, step)
         seconds = clock.take()
         passes = {name: seconds[name] for name in ("forward", "backward")}
-        track.finish_step({**passes, "optimizer": seconds["update"] - sum(passes.values())}, sum(work.workload.lengths))
+        track.finish_step({**passes, "optimizer": seconds["update"] - sum(passes.values())}, sum(work.workload.lengths), peak_bytes())
 
 
 def update_plainly(track: Track, work: Work, switches: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def update_plainly(track: Track, work: Work, switches: dict[str, Any]) -> None:
     track.ready({})
     while True:
         plain.update(batch, advantages)
-        track.finish_step(clock.take(), sum(work.workload.lengths))
+        track.finish_step(clock.take(), sum(work.workload.lengths), peak_bytes())
 
 
 def make_work(config: str, model: Path, given: argparse.Namespace) -> Work:

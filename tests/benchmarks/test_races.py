@@ -1,6 +1,5 @@
 """The parts of the races that need no peer: what is timed is what was wanted, and the tables say what was measured."""
 
-import itertools
 import os
 import signal
 import statistics
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import update_speed
-from benchmarks.contender import Contender, ContenderFailed, Report, Track
+from benchmarks.contender import Contender, ContenderFailed, Report
 from benchmarks.gradient_check import ContendersDiffer, relative_difference
 from benchmarks.library import ForcedLengths, LibraryRollout
 from benchmarks.ours import make_job, run_ours
@@ -23,6 +22,7 @@ from benchmarks.race import choose, run_rounds
 from benchmarks.race_table import Entry, Goal, Race, Record, make_goals, make_table
 from benchmarks.rollout_speed import roll_ours
 from benchmarks.workload import GROUP_SIZE, NUM_PROMPTS, Workload, completion_lengths, draw_lengths, prompt_rows, reward
+from tests.benchmarks.contenders import count_steps, fail
 from tests.tiny import build_tiny_model
 from trainer.advantages import make_estimator
 from trainer.policy import Policy
@@ -114,16 +114,6 @@ def test_a_config_is_chosen_by_its_beginning() -> None:
         choose(names, ["fixed", "fixd"])
 
 
-def count_steps(track: Track, first: int) -> None:
-    track.ready({"pid": os.getpid()})
-    for number in itertools.count(first):
-        track.finish_step({"forward": float(number)}, tokens=number)
-
-
-def fail(track: Track) -> None:
-    raise ValueError("no model here")
-
-
 def test_contenders_step_in_turn_in_processes_of_their_own(tmp_path: Path) -> None:
     """Spawns processes: that is what a contender is."""
     with Contender("one", tmp_path / "log", count_steps, 10) as one, Contender("two", tmp_path / "log", count_steps, 20) as two:
@@ -140,9 +130,9 @@ def test_an_idle_contender_uses_no_processor_time_and_its_wait_is_not_timed(tmp_
     with Contender("one", tmp_path / "log", count_steps, 0) as one:
         one.step()
         before = cpu_ticks(one.facts["pid"])
-        time.sleep(0.3)
-        assert cpu_ticks(one.facts["pid"]) == before
-        assert one.step().seconds["step"] < 0.3
+        time.sleep(0.5)
+        assert cpu_ticks(one.facts["pid"]) - before <= 1
+        assert one.step().seconds["step"] < 0.5
 
 
 def cpu_ticks(pid: int) -> int:
