@@ -67,11 +67,11 @@ def _attend(
         raise ValueError(f"packed rows cannot be attended to with {sorted(further)} or a mask")
     dtype = value.dtype
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
-    seen = [_attend_block(block, query, key, value, named.get("scaling")) for block in shared.blocks]
+    seen = [_attend_block(block, query, key, value, named.get("dropout", 0.0), named.get("scaling")) for block in shared.blocks]
     return torch.cat(seen).index_select(0, shared.order)[None], None
 
 
-def _attend_block(block: Block, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def _attend_block(block: Block, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
     """[S, heads, d], [S, kv heads, d] -> [n * T, heads, d].
 
     Query heads that read one key head are laid side by side: to the product they are more queries.
@@ -86,5 +86,5 @@ def _attend_block(block: Block, query: Tensor, key: Tensor, value: Tensor, scali
     folds = heads // kv_heads
     queries = queries.reshape(count, kv_heads, folds * num_queries, width)
     mask = block.mask.expand(-1, folds, -1, -1).reshape(len(block.mask), 1, folds * num_queries, num_keys).expand(count, -1, -1, -1)
-    seen = functional.scaled_dot_product_attention(queries, keys, values, mask, scale=scaling)
+    seen = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scaling)
     return seen.view(count, heads, num_queries, -1).transpose(1, 2).reshape(count * num_queries, heads, -1)

@@ -24,7 +24,7 @@ from trainer.batch import Batch, Scores, Support
 from trainer.layout import Layout, group_shapes, pack, pad, plan_microbatches
 from trainer.logprobs import Head, score_tokens
 from trainer.packed_attention import sharing
-from trainer.probes import check_head, describe_head, takes_packed_rows
+from trainer.probes import check_head, describe_head, make_layers_lean, takes_packed_rows
 from trainer.recomputation import recompute_layers
 from trainer.values import ValueHead, ValueModel
 
@@ -54,6 +54,7 @@ class Policy:
         self._head_shape = describe_head(model)
         check_head(model, self._head_shape)
         self._packs = takes_packed_rows(model)
+        make_layers_lean(model)
         if options.gradient_checkpointing:
             recompute_layers(model)
         self._reference: Any = None

@@ -9,6 +9,7 @@ from torch import Tensor
 from core.errors import InvalidRequest
 from trainer.batch import Batch
 from trainer.layout import group_shapes, pack, pad
+from trainer.lean_layers import restore_layers, use_lean_layers
 from trainer.logprobs import Head
 from trainer.packed_attention import forget_sharing, sharing, teach_sharing
 
@@ -67,6 +68,16 @@ def takes_packed_rows(model: Any) -> bool:
     if not agrees:
         forget_sharing(model)
     return agrees
+
+
+@torch.no_grad()
+def make_layers_lean(model: Any) -> None:
+    """Where that gives `model` the same hidden states as its own code."""
+    ids = torch.arange(6, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    use_lean_layers(model)
+    if not _agree(model.base_model(input_ids=ids, use_cache=False).last_hidden_state, expected):
+        restore_layers(model)
 
 
 def _has_window(config: Any) -> bool:
