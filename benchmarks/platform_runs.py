@@ -29,7 +29,6 @@ from local.home import Home
 from local.models import SMOLLM2_NAME
 from worker.trainer_process import IDENTITY, start, trainer_environment
 
-ENDED_CHILDREN = {"worker": TRAINER}
 POLL_SECONDS = 0.02
 NUM_HELD_OUT = 8
 LIMIT_SECONDS = 600.0
@@ -44,11 +43,11 @@ ROLES = {
     "broker": "valkey",
     "hone up": "local.",
 }
-
-
+ENDED_CHILDREN = {"worker": TRAINER}
 Reading = TypeVar("Reading")
 CPU = dict[str, float]
 """CPU-seconds by role."""
+
 
 
 class Used(BaseModel):
