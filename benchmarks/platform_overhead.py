@@ -61,8 +61,13 @@ def per_step(used: Used, steps: int) -> CPU:
 def make_table(rounds: list[Round]) -> str:
     """Markdown; medians over the rounds."""
     lines = ["| | trainer alone | platform | platform / alone | beside the trainer |", "| --- | --- | --- | --- | --- |"]
+    pairs = [(sum(a.values()), sum(b.values())) for entry in rounds for a, b in zip(entry.alone.steps, entry.platform.steps, strict=True)]
+    medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
+    ratios = sorted(platform / alone for alone, platform in pairs)
+    spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+    lines.append(f"| CPU-seconds of a step while it trains, median | {medians[0]:.2f} | {medians[1]:.2f} | {spread} | |")
     measures: dict[str, Callable[[Used], CPU]] = {
-        "CPU-seconds of a step while it trains": lambda used: used.step,
+        "the same, mean": lambda used: used.step,
         "CPU-seconds from the start to the first step": lambda used: used.start,
         "CPU-seconds from the last step to the end": lambda used: used.end,
         f"CPU-seconds per step of a whole job of {rounds[0].steps} steps": lambda used: per_step(used, rounds[0].steps),

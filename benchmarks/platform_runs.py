@@ -1,12 +1,14 @@
 """The same job by `python -m trainer` alone and through `hone up`, with what each used: processor time and moments on the way."""
 
+import itertools
 import json
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from sqlalchemy import select
@@ -44,9 +46,14 @@ ROLES = {
     "hone up": "local.",
 }
 ENDED_CHILDREN = {"worker": TRAINER}
-Reading = TypeVar("Reading")
 CPU = dict[str, float]
 """CPU-seconds by role."""
+
+
+class Reading(NamedTuple):
+    at: float
+    cpu: CPU
+    """From the beginning of each process on."""
 
 
 
@@ -56,8 +63,8 @@ class Used(BaseModel):
     start: CPU
     """Until the first step was written."""
 
-    step: CPU
-    """Of one step, from the first to the last."""
+    steps: list[CPU]
+    """Of each step after the first."""
 
     end: CPU
     """After the last step was written."""
@@ -71,6 +78,11 @@ class Used(BaseModel):
 
     digest: str
     """Chained over all steps: equal where the same was computed."""
+
+    @property
+    def step(self) -> CPU:
+        """Mean over `steps`: what is done for several steps at once is spread over them."""
+        return {role: statistics.fmean(step[role] for step in self.steps) for role in self.start}
 
 
 class Workload:
@@ -121,14 +133,15 @@ def run_alone(folder: Path, work: Workload) -> Used:
     before, started = _reaped_seconds(), time.time()
     process = start(COMMAND, folder, {}, trainer_environment(work.num_threads))
     try:
-        first = _at_step(folder, 1, lambda: total_seconds(read_tree(process.pid)), process.has_ended)
-        last = _at_step(folder, work.steps, lambda: total_seconds(read_tree(process.pid)), process.has_ended)
+        readings = [Reading(started, {TRAINER: 0.0})]
+        for step in range(1, work.steps + 1):
+            readings.append(_at_step(folder, step, lambda: {TRAINER: total_seconds(read_tree(process.pid))}, process.has_ended))
         _wait("the trainer's end", process.has_ended)
     finally:
         process.reap(timeout_seconds=10)
-    readings = [{TRAINER: seconds} for seconds in (0.0, first[1], last[1], _reaped_seconds() - before)]
-    used = _used(work.steps, readings, last[0] - first[0], read_metrics(folder, "train")[-1].digest)
-    return used.model_copy(update={"shares": {OWN_START: first[0] - started}})
+    readings.append(Reading(time.time(), {TRAINER: _reaped_seconds() - before}))
+    used = _used(readings, read_metrics(folder, "train")[-1].digest)
+    return used.model_copy(update={"shares": {OWN_START: readings[1].at - started}})
 
 
 @contextmanager
@@ -163,17 +176,18 @@ class RunningPlatform:
     def run_job(self, steps: int) -> Used:
         """Raises: RunFailed."""
         body = self._work.request(self._client, steps)
-        before, submitted = self._read(), time.time()
+        readings = [Reading(time.time(), self._read())]
         job_id = str(self._client.jobs.create(body)["id"])
         folder = self._home / "runs" / job_id / "1"
-        first = _at_step(folder, 1, self._read, lambda: self._has_ended(job_id))
+        readings.append(_at_step(folder, 1, self._read, lambda: self._has_ended(job_id)))
         spawned = (folder / IDENTITY).stat().st_mtime
         _wait("the first step's metrics in the database", lambda: self._has_metrics(job_id))
         relayed = time.time()
-        last = _at_step(folder, steps, self._read, lambda: self._has_ended(job_id))
+        readings += [_at_step(folder, step, self._read, lambda: self._has_ended(job_id)) for step in range(2, steps + 1)]
         _wait("the job's end", lambda: self._has_ended(job_id))
-        used = _used(steps, [before, first[1], last[1], self._read()], last[0] - first[0], self._digest(job_id))
-        return used.model_copy(update={"shares": self._shares(job_id, submitted, spawned, first[0], relayed)})
+        readings.append(Reading(time.time(), self._read()))
+        used = _used(readings, self._digest(job_id))
+        return used.model_copy(update={"shares": self._shares(job_id, readings[0].at, spawned, readings[1].at, relayed)})
 
     def _read(self) -> CPU:
         return seconds_by_role(read_tree(self._root), ROLES, ENDED_CHILDREN)
@@ -212,15 +226,15 @@ class RunningPlatform:
         return str([entry["digest"] for entry in self._client.jobs.every_digest(job_id)][-1])
 
 
-def _used(steps: int, readings: list[CPU], seconds: float, digest: str) -> Used:
-    """`readings`: before the start, at the first step, at the last step, at the end; `seconds` from the first step to the last."""
-    before, at_first, at_last, after = readings
-    between = max(1, steps - 1)
+def _used(readings: list[Reading], digest: str) -> Used:
+    """`readings`: before the start, at each step, at the end."""
+    between = [_difference(before.cpu, after.cpu) for before, after in itertools.pairwise(readings)]
+    seconds = readings[-2].at - readings[1].at
     return Used(
-        start=_difference(before, at_first),
-        step=_difference(at_first, at_last, between),
-        end=_difference(at_last, after),
-        seconds_step=seconds / between,
+        start=between[0],
+        steps=between[1:-1] or between[:1],
+        end=between[-1],
+        seconds_step=seconds / max(1, len(between) - 2),
         digest=digest,
     )
 
@@ -236,15 +250,15 @@ def _reaped_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _at_step(folder: Path, step: int, read: Callable[[], Reading], has_ended: Callable[[], bool]) -> tuple[float, Reading]:
-    """When the metrics of `step` were written, and `read()` right then. Raises: RunFailed."""
+def _at_step(folder: Path, step: int, read: Callable[[], CPU], has_ended: Callable[[], bool]) -> Reading:
+    """Right when the metrics of `step` were written. Raises: RunFailed."""
     path, seen = folder / METRICS, -1
     deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
         with suppress(FileNotFoundError):
             size = path.stat().st_size
             if size != seen and any(line.step >= step for line in read_metrics(folder, "train")):
-                return time.time(), read()
+                return Reading(time.time(), read())
             seen = size
         if seen < 0 and has_ended():
             break
