@@ -55,7 +55,7 @@ def measure_limits(shape: Shape, work: Work, dtype: torch.dtype, device: torch.d
 
 
 def product_rate(shape: Shape, rows: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of one pass through every linear layer, each with weights of its own: plain or laid out by oneDNN, the faster."""
+    """Operations per second of one pass through all linear layers, each with its own weights: plain or laid out by oneDNN, the faster."""
     head = (shape.hidden, shape.vocabulary, min(rows, HEAD_ROWS))
     sizes = [(inputs, outputs, rows) for _ in range(shape.layers) for inputs, outputs in shape.layer_products] + [head]
     given = {

@@ -1,4 +1,4 @@
-"""What one GRPO step of a Llama-like model needs by arithmetic: floating-point operations (an addition and a multiplication are two) and bytes.
+"""What one GRPO step of a Llama-like model needs by arithmetic: floating-point operations and bytes. A multiplication and an addition are two.
 
 Counted are matrix products and attention; norms, activations and softmax are left out, so what follows is a lower bound.
 """

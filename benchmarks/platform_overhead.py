@@ -133,13 +133,11 @@ def main() -> None:
         with open(given.work / RECORDS, "a") as records:
             records.write(Round(commit=commit, steps=given.steps, alone=alone, platform=platform).model_dump_json() + "\n")
     rounds = read_rounds(given.work, commit, given.steps)
+    shown = {str(given.work): "WORK_FOLDER", str(given.model): "MODEL_FOLDER"}
+    command = " ".join(shown.get(argument, argument) for argument in sys.argv[1:])
     print(f"\nMachine: {describe_machine()}, {given.threads} threads  ")
-    print(f"Commit: {commit}, {len(rounds)} rounds of {given.steps} steps  \nCommand: `{' '.join(['python -m', *_shown(sys.argv)])}`\n")
+    print(f"Commit: {commit}, {len(rounds)} rounds of {given.steps} steps  \nCommand: `python -m benchmarks.platform_overhead {command}`\n")
     print(make_table(rounds))
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    return ["benchmarks.platform_overhead", "WORK_FOLDER", *(word for word in arguments[1:] if word.startswith("--") or word.isdigit())]
 
 
 if __name__ == "__main__":

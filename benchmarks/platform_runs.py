@@ -56,7 +56,6 @@ class Reading(NamedTuple):
     """From the beginning of each process on."""
 
 
-
 class Used(BaseModel):
     """What one run of the job used."""
 
