@@ -1,4 +1,4 @@
-"""What one GRPO step of a Llama-like model needs by arithmetic: floating-point operations and bytes. A multiplication and an addition are two.
+"""What one GRPO step of a Llama-like model needs by arithmetic: bytes, and floating-point operations (a multiply-add is two).
 
 Counted are matrix products and attention; norms, activations and softmax are left out, so what follows is a lower bound.
 """

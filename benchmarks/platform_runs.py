@@ -139,7 +139,7 @@ def run_alone(folder: Path, work: Workload) -> Used:
     finally:
         process.reap(timeout_seconds=10)
     readings.append(Reading(time.time(), {TRAINER: _reaped_seconds() - before}))
-    used = _used(readings, read_metrics(folder, "train")[-1].digest)
+    used = used_between(readings, read_metrics(folder, "train")[-1].digest)
     return used.model_copy(update={"shares": {OWN_START: readings[1].at - started}})
 
 
@@ -185,7 +185,7 @@ class RunningPlatform:
         readings += [_at_step(folder, step, self._read, lambda: self._has_ended(job_id)) for step in range(2, steps + 1)]
         _wait("the job's end", lambda: self._has_ended(job_id))
         readings.append(Reading(time.time(), self._read()))
-        used = _used(readings, self._digest(job_id))
+        used = used_between(readings, self._digest(job_id))
         return used.model_copy(update={"shares": self._shares(job_id, readings[0].at, spawned, readings[1].at, relayed)})
 
     def _read(self) -> CPU:
@@ -225,7 +225,7 @@ class RunningPlatform:
         return str([entry["digest"] for entry in self._client.jobs.every_digest(job_id)][-1])
 
 
-def _used(readings: list[Reading], digest: str) -> Used:
+def used_between(readings: list[Reading], digest: str) -> Used:
     """`readings`: before the start, at each step, at the end."""
     between = [_difference(before.cpu, after.cpu) for before, after in itertools.pairwise(readings)]
     seconds = readings[-2].at - readings[1].at
