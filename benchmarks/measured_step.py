@@ -102,7 +102,7 @@ class MeasuredStep:
         self._step += 1
         seconds: Seconds = {}
         with self._timed("rollout", seconds):
-            rollouts = self._generate()
+            rollouts = self.generate()
         graded = [Graded(rollout, reward=float(rollout.g % 2)) for rollout in rollouts]
         batch = collate(graded, self._options, self._device)
         with optimizer_seconds(seconds, self._device), self._timed("update", seconds):
@@ -112,7 +112,8 @@ class MeasuredStep:
         seconds["update"] -= seconds["optimizer"]
         return seconds
 
-    def _generate(self) -> list[Rollout]:
+    def generate(self) -> list[Rollout]:
+        """Completions that never end before their last token."""
         sampling = Sampling(
             seed=SEED,
             purpose=Purpose.ROLLOUT,

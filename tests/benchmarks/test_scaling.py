@@ -53,7 +53,7 @@ def test_measured_step_samples_whole_completions_and_trains_on_them() -> None:
     assert set(seconds) == {"rollout", "update", "optimizer"}
     assert all(value > 0 for value in seconds.values())
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert [len(rollout.token_ids) for rollout in step._generate()] == [16] * 8
+    assert [len(rollout.token_ids) for rollout in step.generate()] == [16] * 8
 
 
 def test_options_are_those_of_the_work() -> None:
