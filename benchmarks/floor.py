@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.machine import describe_commit, describe_machine
-from benchmarks.measured_step import MeasuredStep, Seconds, make_options, median_seconds, now, prepare_machine
+from benchmarks.measured_step import MeasuredStep, Seconds, make_options, best_seconds, now, prepare_machine
 from benchmarks.operations import Needs, Shape, Work, optimizer_needs, rollout_needs, update_needs
 from trainer.policy import load_model
 from trainer.tokens import load_tokenizer
@@ -130,7 +130,7 @@ def make_table(rows: list[list[str]]) -> str:
 
 
 def measure(model: Path, precision: str, work: Work, rounds: int, device: torch.device) -> list[list[str]]:
-    """The table's rows of one precision. Limits and steps are measured in turn, so that what drifts falls on both."""
+    """The table's rows of one precision. Limits and steps are measured in turn; of both the best counts."""
     loaded = load_model(model)
     shape = Shape.of(loaded.config)
     step = MeasuredStep(loaded, load_tokenizer(model), work, precision, device)
@@ -139,7 +139,7 @@ def measure(model: Path, precision: str, work: Work, rounds: int, device: torch.
     for _ in range(rounds):
         limits = limits.best(measure_limits(shape, work, DTYPES[precision], device))
         measured.append(step.run())
-    return phase_rows(precision, shape, work, limits, median_seconds(measured))
+    return phase_rows(precision, shape, work, limits, best_seconds(measured))
 
 
 def main() -> None:

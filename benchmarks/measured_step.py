@@ -1,6 +1,5 @@
 """One step of the trainer's own objects on made-up prompts and rewards, timed by phase. No grader, no files, no platform."""
 
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,6 +165,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_seconds(measured: list[Seconds]) -> Seconds:
-    """Of each phase."""
-    return {phase: statistics.median(each[phase] for each in measured) for phase in measured[0]}
+def best_seconds(measured: list[Seconds]) -> Seconds:
+    """Of each phase the shortest: whatever else the machine had to do only adds."""
+    return {phase: min(each[phase] for each in measured) for phase in measured[0]}

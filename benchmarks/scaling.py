@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from benchmarks.machine import describe_commit, describe_machine
-from benchmarks.measured_step import MeasuredStep, make_options, median_seconds, number_tokenizer, prepare_machine, random_model
+from benchmarks.measured_step import MeasuredStep, make_options, best_seconds, number_tokenizer, prepare_machine, random_model
 from benchmarks.operations import Shape, Work, rollout_needs, update_needs
 
 FACTORS = (1, 2, 4)
@@ -98,12 +98,12 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def measure_here(point: Point) -> Cost:
-    """One step to warm up, then the median of `repeats`."""
+    """One step to warm up, then the best of `repeats`."""
     prepare_machine(make_options(point.work, point.precision), point.threads)
     device = torch.device(point.device)
     step = MeasuredStep(random_model(point.shape), number_tokenizer(point.shape.vocabulary), point.work, point.precision, device)
     step.run()
-    seconds = median_seconds([step.run() for _ in range(point.repeats)])
+    seconds = best_seconds([step.run() for _ in range(point.repeats)])
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
     return Cost(seconds["rollout"], seconds["update"] + seconds["optimizer"], peak)
 
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--point", type=Point.from_json, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.point is not None:
