@@ -38,6 +38,8 @@ class Relay:
     def __init__(self, holding: Holding, directory: Path, attempt: int) -> None:
         self._holding, self._directory, self._attempt = holding, directory, attempt
         self._lock = threading.Lock()
+        self._done_sizes: dict[str, int] = {}
+        """By file: its size when nothing in it was left to store. While it stays that, the database is not asked."""
 
     def forward_new_lines(self) -> None:
         """Stores every whole line that is not stored yet. Raises: LeaseLost; InvalidOutput, after the lines before the bad one."""
@@ -48,7 +50,8 @@ class Relay:
 
     def _forward(self, channel: Channel) -> bool:
         path = self._directory / channel.file
-        if not path.exists():
+        size = path.stat().st_size if path.exists() else 0
+        if size == self._done_sizes.get(channel.file, 0):
             return False
         offset = self._holding.read(lambda session: relay_offset(session, self._holding.job_id, self._attempt, channel.file))
         raw, _ = whole_lines(path, offset)
@@ -58,6 +61,8 @@ class Relay:
             self._store(channel, end, lines)
         if error is not None:
             raise error
+        if not lines:
+            self._done_sizes[channel.file] = size
         return bool(lines)
 
     def _store(self, channel: Channel, offset: int, lines: list[Any]) -> None:

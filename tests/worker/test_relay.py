@@ -1,7 +1,7 @@
 """Lines become rows once, whole ones only, and a bad one is an error that loses nothing before it."""
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 
 from core.run_directory import EVENTS, METRICS, EventLine
 from core.settings import Settings
@@ -39,8 +39,8 @@ def count(holding: Holding, table: type) -> int:
 def test_line_is_stored_when_it_is_whole_and_once(holding: Holding) -> None:
     relay = Relay(holding, holding.directory, 1)
     append(holding, METRICS, line(1) + line(2)[:20])
-    event = EventLine(created_at=1.0, level="info", message="one").model_dump_json().encode() + b"\n"
-    append(holding, EVENTS, event * 2)
+    words = EventLine(created_at=1.0, level="info", message="one").model_dump_json().encode() + b"\n"
+    append(holding, EVENTS, words * 2)
     before = count(holding, Event)
     for _ in range(2):
         relay.forward_new_lines()
@@ -48,6 +48,20 @@ def test_line_is_stored_when_it_is_whole_and_once(holding: Holding) -> None:
         assert count(holding, Event) == before + 2
     append(holding, METRICS, line(2)[20:])
     Relay(holding, holding.directory, 1).forward_new_lines()
+    assert read_steps(holding.worker, holding.job_id) == {1: 1, 2: 1}
+
+
+@pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
+def test_database_is_not_asked_while_nothing_new_is_written(holding: Holding) -> None:
+    statements: list[str] = []
+    append(holding, METRICS, line(1) + line(2)[:20])
+    relay = Relay(holding, holding.directory, 1)
+    relay.forward_new_lines()
+    event.listen(holding.worker.database.engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+    relay.forward_new_lines()
+    assert statements == []
+    append(holding, METRICS, line(2)[20:])
+    relay.forward_new_lines()
     assert read_steps(holding.worker, holding.job_id) == {1: 1, 2: 1}
 
 
