@@ -81,6 +81,8 @@ class PythonGrader(_Strict):
     type: Literal["python"]
     name: Name | None = None
     source: Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_BYTES)]
+    interpreter: Literal["auto", "cpython"] = "auto"
+    """`auto`: a fast one that has a subset of Python, and all of Python for a program that needs more. `cpython`: always all of it."""
     image_tag: str | None = None
     """Accepted for compatibility; the sandbox has one image."""
 

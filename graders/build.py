@@ -32,7 +32,7 @@ def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], net
         case TextSimilarityGrader():
             return text_similarity.TextSimilarityGrader(spec)
         case PythonGrader():
-            return python_sandbox.PythonGrader(spec.source)
+            return python_sandbox.PythonGrader(spec.source, interpreter=spec.interpreter)
         case PinnedEndpointGrader():
             secret = _secret(spec.secret_ref, secrets)
             signing_secret = secret.get("signing_secret")
