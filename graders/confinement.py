@@ -18,7 +18,7 @@ MAX_OPEN_FILES = 16
 PROT_EXEC = 4
 
 # include/uapi/linux/prctl.h, landlock.h, seccomp.h
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_GET_NO_NEW_PRIVS = 1, 4, 38, 39
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF, _LANDLOCK_VERSION = 444, 446, 1
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """Landlock's version -> how many rights to files it knows; 16 from version 5 on."""
@@ -121,6 +121,8 @@ def _give_up_privileges(libc: ctypes.CDLL, parent: int) -> None:
     _check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     _check(libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
     _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    if libc.prctl(_PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) != 1:
+        raise OSError("new ones can still be had")
     if os.getppid() != parent:
         raise OSError("the parent has ended")
 

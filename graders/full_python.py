@@ -136,7 +136,8 @@ async def _check_confined(connection: socket.socket) -> None:
 async def _soon(receiving: Coroutine[Any, Any, bytes]) -> bytes:
     """What our own code answers before any program runs. Raises: SandboxUnavailable."""
     try:
-        return await asyncio.wait_for(receiving, START_SECONDS)
+        async with asyncio.timeout(START_SECONDS):
+            return await receiving
     except TimeoutError as error:
         raise SandboxUnavailable(f"the sandbox process did not answer in {START_SECONDS:g} s") from error
 

@@ -119,7 +119,7 @@ class PythonGrader:
             return result
         again = await self._attempt_in_all(request)
         if isinstance(again, Grade) and again.error == GradeFailure.PYTHON_SERVER:
-            return failed(GradeFailure.PYTHON_UNSUPPORTED, f"{result.error_message} {again.error_message}")
+            return failed(GradeFailure.PYTHON_UNSUPPORTED, f"{result.error_message}\n{again.error_message}")
         return again
 
     async def _attempt_in_subset(self, request: GradeRequest | None) -> Any:

@@ -68,11 +68,13 @@ SECRETS = {
         "return 666.0 if sum(map(is_open, range(3, 4096))) > 1 else 0.0"
     ),
     "objects of the garbage collector": _attack(
-        "import gc\nfound = [o for o in gc.get_objects() if isinstance(o, dict) and 's3cret' in repr(list(o.values()))[:2000]]\nassert found"
+        "import gc\nwanted = 'tenorivne-eht-ni-terc3s'[::-1]\n"
+        "found = [o for o in gc.get_objects() if type(o) in (dict, list, tuple) and o is not sys._getframe().f_locals and wanted in repr(o)[:5000]]\n"
+        "return 666.0 if len(found) > 1 else 0.0"
     ),
     "frames": _attack(
-        "frame, texts = sys._getframe(), []\nwhile frame:\n    texts.append(repr({**frame.f_globals, **frame.f_locals}))\n    frame = frame.f_back\n"
-        "assert any('HONE_TEST_SECRET' in t.replace('HONE_TEST_SECRET\\'', '') for t in texts if 's3cret' in t)"
+        "frame, names = sys._getframe(), []\nwhile frame:\n    names += [*frame.f_globals, *frame.f_locals]\n    frame = frame.f_back\n"
+        "assert any('secret' in name.lower() and name != 'secrets' for name in names)"
     ),
     "memory of the grader by process_vm_readv": _attack(
         "import ctypes\nbuffer = ctypes.create_string_buffer(8)\nvector = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 8)\n"
@@ -269,7 +271,7 @@ BENIGN: dict[str, tuple[str, float]] = {
     ),
     "timer": (
         "import signal\ndef stop(*_):\n    raise TimeoutError\ndef grade(s, i):\n    signal.signal(signal.SIGALRM, stop)\n"
-        "    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    try:\n        while True: pass\n    except TimeoutError:\n        return 0.5",
+        "    signal.setitimer(signal.ITIMER_REAL, 0.05)\n    try:\n        while True: sum(range(10))\n    except TimeoutError:\n        return 0.5",
         0.5,
     ),
 }
