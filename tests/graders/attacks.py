@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Programs that try to break out of the sandbox, and programs that people write. An attack that reaches its goal returns ESCAPED.
 
 `item` tells an attack where its targets are: port, udp, abstract, socket, folder (anyone may write there), file (anyone may read it), pid.
