@@ -172,7 +172,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever a program raises is its failure
-        return {"error": "unsupported" if type(error) is ModuleNotFoundError else "runtime", "text": _traceback(error)}
+        kind = "unsupported" if type(error) is ModuleNotFoundError else "runtime"
+        return {"error": kind, "text": _traceback(error)}
 
 
 def _described(value: Any) -> dict[str, Any]:
