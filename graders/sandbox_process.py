@@ -8,6 +8,8 @@ import json
 import linecache
 import os
 import random
+import select
+import signal
 import socket
 import sys
 import traceback
@@ -128,8 +130,17 @@ def main() -> None:
             control.close()
             _grade(descriptors[0], memory_bytes, seconds, parent)
         os.close(descriptors[0])
-        _, status = os.waitpid(child, 0)
-        control.sendall(status.to_bytes(4, "little"))
+        control.sendall(_watch(child, control).to_bytes(4, "little"))
+
+
+def _watch(child: int, control: socket.socket) -> int:
+    """The status with which `child` ends. Where our own parent ends before, both of us end at once."""
+    descriptor = os.pidfd_open(child)
+    ready, _, _ = select.select([descriptor, control], [], [])
+    if descriptor not in ready:
+        os.killpg(0, signal.SIGKILL)
+    os.close(descriptor)
+    return os.waitpid(child, 0)[1]
 
 
 def _grade(connection: int, memory_bytes: int, seconds: float, parent: int) -> NoReturn:

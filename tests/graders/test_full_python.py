@@ -159,6 +159,34 @@ def test_cancel_kills_the_running_program_at_once() -> None:
     assert sandbox_processes() == []
 
 
+def test_nothing_is_left_when_the_trainer_is_killed() -> None:
+    """As a worker kills it: the sandbox has a session of its own, which no signal to the trainer's reaches."""
+    code = (
+        "import asyncio\nfrom graders.python_sandbox import *\nfrom tests.graders.helpers import request\n"
+        "source = 'import time\\ndef grade(s, i):\\n    time.sleep(100)\\n    return 1.0'\n"
+        "asyncio.run(PythonGrader(source, SandboxLimits(seconds=100.0), interpreter='cpython').grade(request()))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT) as trainer:
+        try:
+            deadline = time.monotonic() + 60
+            while len(left := sandbox_processes(trainer.pid)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(left) == 2
+        finally:
+            trainer.kill()
+    deadline = time.monotonic() + 5
+    while any(map(is_alive, left)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_alive, left))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_neither_environment_nor_command_line_of_the_sandbox_says_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HONE_TEST_SECRET", "s3cret-env")
 
@@ -187,8 +215,8 @@ def test_order_of_a_set_and_random_numbers_are_the_same_each_time() -> None:
     assert len(rewards) == 1
 
 
-def sandbox_processes() -> list[int]:
-    """Ours and those that they forked, not merely unreaped."""
+def sandbox_processes(parent_pid: int = 0) -> list[int]:
+    """Those of a process, by default ours, and those that they forked; not merely unreaped."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -197,5 +225,5 @@ def sandbox_processes() -> list[int]:
                 parents[int(folder.name)] = int(parent)
         except OSError:
             continue
-    ours = {pid for pid, parent in parents.items() if parent == os.getpid()}
+    ours = {pid for pid, parent in parents.items() if parent == (parent_pid or os.getpid())}
     return [pid for pid, parent in parents.items() if pid in ours or parent in ours]
