@@ -1,6 +1,7 @@
 """Graders as a request names them: pinned for a job, masked for an echo, run once for `graders/run`. Runs no user code in this process."""
 
 import asyncio
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,16 @@ from core.grader_specs import (
     PinnedGraderSpec,
     PinnedLabelModelGrader,
     PinnedMultiGrader,
+    PinnedRewardModelGrader,
     PinnedScoreModelGrader,
     PinnedSingleGrader,
     RegisteredEndpointGrader,
+    RewardModelGrader,
     ScoreModelGrader,
     SingleGrader,
 )
+from core.run_directory import REWARD_MODELS
+from database.base_models import get_model
 from database.graders import MASK, pin_grader, read_secrets
 from database.secrets import Secrets
 from graders.build import build_grader
@@ -83,7 +88,18 @@ def _pin_single(
         secrets[reference] = {"headers": headers, "signing_secret": None}
         kind = PinnedScoreModelGrader if isinstance(spec, ScoreModelGrader) else PinnedLabelModelGrader
         return kind(**spec.model_dump(exclude={"api_key"}), secret_ref=reference)
+    if isinstance(spec, RewardModelGrader):
+        return _pin_reward_model(session, project_id, spec, param)
     return spec
+
+
+def _pin_reward_model(session: Session, project_id: str, spec: RewardModelGrader, param: str) -> PinnedRewardModelGrader:
+    try:
+        model = get_model(session, project_id, spec.model)
+    except NotFound as error:
+        raise InvalidRequest(error.message, code="model_not_found", param=f"{param}.model") from error
+    folder = f"{REWARD_MODELS}/{hashlib.sha256(spec.model.encode()).hexdigest()[:16]}"
+    return PinnedRewardModelGrader(**spec.model_dump(), digest=model.digest, folder=folder)
 
 
 def masked(raw: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +126,10 @@ def secrets_of(session: Session, secrets: Secrets, pinned: Pinned) -> dict[str, 
 
 
 def run_once(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader) -> Grade:
-    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else."""
+    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else. Raises: InvalidRequest."""
+    members = spec.graders.values() if isinstance(spec, PinnedMultiGrader) else [spec]
+    if any(isinstance(member, PinnedRewardModelGrader) for member in members):
+        raise InvalidRequest("A 'reward_model' runs only on a worker, inside a job; it cannot be tried here.", param="grader.type")
     return asyncio.run(_grade(_for_one_try(spec), secrets, network, _grade_request(request)))
 
 

@@ -81,6 +81,8 @@ class PythonGrader(_Strict):
     type: Literal["python"]
     name: Name | None = None
     source: Annotated[str, Field(min_length=1, max_length=MAX_SOURCE_BYTES)]
+    interpreter: Literal["auto", "cpython"] = "auto"
+    """`auto`: a fast one that has a subset of Python, and all of Python for a program that needs more. `cpython`: always all of it."""
     image_tag: str | None = None
     """Accepted for compatibility; the sandbox has one image."""
 
@@ -198,10 +200,46 @@ class PinnedLabelModelGrader(LabelModelOptions):
     secret_ref: str
 
 
+class RewardMessage(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+    """A template."""
+
+
+class RewardModelGrader(Thresholded):
+    """A sequence-classification model on the worker, in the trainer's process: the logit of its one label, or a label's probability."""
+
+    type: Literal["reward_model"]
+    name: Name | None = None
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    """A registered model."""
+    input: str | Annotated[list[RewardMessage], Field(min_length=1, max_length=64)]
+    """A template, tokenized as it is; or messages of templates, put together by the model's own chat template."""
+    label: Label | None = None
+    """Whose probability is the reward. None: the model has one label, and its logit is the reward."""
+
+
+class PinnedRewardModelGrader(RewardModelGrader):
+    digest: str
+    """SHA-256 over the model's folder, checked before step 0. Empty: not pinned."""
+    folder: str
+    """Where the weights lie, from the run directory."""
+
+
 JudgeGrader = ScoreModelGrader | LabelModelGrader
 PinnedJudgeGrader = PinnedScoreModelGrader | PinnedLabelModelGrader
-SingleGrader = StringCheckGrader | TextSimilarityGrader | PythonGrader | InlineEndpointGrader | RegisteredEndpointGrader | JudgeGrader
-PinnedSingleGrader = StringCheckGrader | TextSimilarityGrader | PythonGrader | PinnedEndpointGrader | PinnedJudgeGrader
+SingleGrader = (
+    StringCheckGrader
+    | TextSimilarityGrader
+    | PythonGrader
+    | InlineEndpointGrader
+    | RegisteredEndpointGrader
+    | JudgeGrader
+    | RewardModelGrader
+)
+PinnedSingleGrader = (
+    StringCheckGrader | TextSimilarityGrader | PythonGrader | PinnedEndpointGrader | PinnedJudgeGrader | PinnedRewardModelGrader
+)
 
 
 class MultiGrader(_Strict):
@@ -236,7 +274,7 @@ class PinnedMultiGrader(_Strict):
 GraderSpec = SingleGrader | MultiGrader
 PinnedGraderSpec = PinnedSingleGrader | PinnedMultiGrader
 
-GRADER_TYPES = ("endpoint", "label_model", "multi", "python", "score_model", "string_check", "text_similarity")
+GRADER_TYPES = ("endpoint", "label_model", "multi", "python", "reward_model", "score_model", "string_check", "text_similarity")
 
 
 def named_graders(value: Any) -> Any:

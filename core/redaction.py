@@ -2,13 +2,17 @@
 
 import json
 import re
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 MASK = "**********"
 MIN_SECRET_CHARACTERS = 4
 """Shorter values are not secrets, and masking them would make texts unreadable."""
+
+MIN_ENCODED_CHARACTERS = 8
+"""Shorter ones leave so little in base64 that it could be any text."""
 
 
 class Redactor:
@@ -36,6 +40,23 @@ def secret_values(secrets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _forms(secret: str) -> list[str]:
-    """`secret` as it may be echoed: plain, its last word (`Bearer abc`), inside JSON, inside a URL."""
+    """`secret` as it may be echoed: plain, its last word (`Bearer abc`), inside JSON, inside a URL, in base64 or hex."""
     words = {secret, secret.rpartition(" ")[2]}
-    return [form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))]
+    return [form for word in words for form in (word, json.dumps(word)[1:-1], *_in_url(word), *_in_base64(word), word.encode().hex())]
+
+
+def _in_url(word: str) -> list[str]:
+    quoted = [quote(word, safe=""), quote(word), quote_plus(word)]
+    return quoted + [re.sub("%..", lambda match: match[0].lower(), form) for form in quoted]
+
+
+def _in_base64(word: str) -> list[str]:
+    """What all base64 texts share in which `word` lies, by where in a group of three bytes it begins; in both alphabets."""
+    if len(word) < MIN_ENCODED_CHARACTERS:
+        return []
+    forms = []
+    for offset in range(3):
+        data = bytes(offset) + word.encode()
+        shared = slice((offset * 8 + 5) // 6, len(data) * 8 // 6)
+        forms += [encode(data).decode()[shared] for encode in (b64encode, urlsafe_b64encode)]
+    return forms

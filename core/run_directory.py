@@ -1,6 +1,6 @@
 """Every file that worker and trainer share: names, formats and the few operations that must not be done halfway.
 
-In:  job.json  train.jsonl  valid.jsonl  model/  (resume/)
+In:  job.json  train.jsonl  valid.jsonl  model/  (reward_models/)  (resume/)
 Out: metrics.jsonl  events.jsonl  samples.jsonl  rewards.jsonl  trainer.log  beat  progress
      checkpoints/step_000120/  resume_points/step_000120/  outcome.json (last of all)
 Control: `control`, written by the worker. Secrets never lie here: they come by an inherited pipe.
@@ -21,6 +21,7 @@ from core.options import Options
 JOB, TRAIN, VALID, MODEL, RESUME = "job.json", "train.jsonl", "valid.jsonl", "model", "resume"
 METRICS, EVENTS, SAMPLES, REWARDS = "metrics.jsonl", "events.jsonl", "samples.jsonl", "rewards.jsonl"
 LOG, BEAT, PROGRESS, CONTROL, OUTCOME, LOCK = "trainer.log", "beat", "progress", "control", "outcome.json", "lock"
+REWARD_MODELS = "reward_models"
 CHECKPOINTS, RESUME_POINTS, MANIFEST = "checkpoints", "resume_points", "manifest.json"
 SECRETS_FD = "--secrets-fd"
 STATE_HASH = "state_sha256"

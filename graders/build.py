@@ -1,5 +1,6 @@
 """From a pinned spec to a grader: the only place that looks at a grader's type."""
 
+from importlib import import_module
 from typing import Any
 
 from core.errors import GraderError
@@ -8,6 +9,7 @@ from core.grader_specs import (
     PinnedGraderSpec,
     PinnedLabelModelGrader,
     PinnedMultiGrader,
+    PinnedRewardModelGrader,
     PinnedScoreModelGrader,
     PythonGrader,
     StringCheckGrader,
@@ -32,7 +34,7 @@ def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], net
         case TextSimilarityGrader():
             return text_similarity.TextSimilarityGrader(spec)
         case PythonGrader():
-            return python_sandbox.PythonGrader(spec.source)
+            return python_sandbox.PythonGrader(spec.source, interpreter=spec.interpreter)
         case PinnedEndpointGrader():
             secret = _secret(spec.secret_ref, secrets)
             signing_secret = secret.get("signing_secret")
@@ -43,6 +45,9 @@ def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], net
         case PinnedLabelModelGrader():
             headers = _secret(spec.secret_ref, secrets).get("headers") or {}
             return ModelJudge(spec, label_scale(spec), headers=headers, network=network)
+        case PinnedRewardModelGrader():
+            grader: Grader = import_module("graders.reward_model").load_reward_model(spec)  # the only one that needs torch
+            return grader
         case PinnedMultiGrader():
             members = {name: build_grader(member, secrets, network) for name, member in spec.graders.items()}
             return MultiGrader(members, spec.calculate_output)

@@ -38,7 +38,7 @@ async def check_programs(spec: GraderSpec | PinnedGraderSpec, param: str = "grad
         for name, member in spec.graders.items():
             await check_programs(member, f"{param}.graders.{name}", limits)
     if isinstance(spec, PythonGrader):
-        sandbox = PythonSandbox(spec.source, limits)
+        sandbox = PythonSandbox(spec.source, limits, interpreter=spec.interpreter)
         try:
             await sandbox.check(param=f"{param}.source")
         finally:

@@ -1,14 +1,15 @@
 """Runs a user's `grade(sample, item)` in a sandbox of its own process: no network, files or environment; bounded time and memory.
 
-The interpreter is pydantic-monty, which has a subset of Python. A program that it cannot run is an error that says so:
-nothing is ever executed in our own process instead.
+First in pydantic-monty, an interpreter of a subset of Python; a program that needs more in all of Python, confined by the kernel.
+Where neither can run it the grade has failed: nothing is ever executed in our own process, or unconfined, instead.
 """
 
 import asyncio
+import builtins
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_monty import (
     AsyncMonty,
@@ -23,12 +24,14 @@ from pydantic_monty import (
 )
 
 from core.errors import InvalidGrade, InvalidRequest
+from graders.full_python import FullPython, ProgramDied, SandboxUnavailable
 from graders.grade import Grade, GradeFailure, GradeRequest, failed
 from graders.reply import finite_number
 
 MAX_SECONDS = 120.0
 PLAIN_TYPES = frozenset({"NoneType", "bool", "bytes", "dict", "float", "int", "list", "set", "str", "tuple"})
-"""What `grade` is when it is surely no function; the sandbox has no `callable`."""
+"""What `grade` is when it is surely no function; the subset has no `callable`."""
+NO_SANDBOX = "The sandbox cannot run on this host, so the program was not run"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class SandboxLimits:
     """Of one grade."""
 
     seconds: float = 10.0
-    """For the program's top level and again for the call of `grade`; at most MAX_SECONDS."""
+    """At most MAX_SECONDS. In the subset for the program's top level and again for the call of `grade`, else for both together."""
 
     memory_bytes: int = 256 * 1024 * 1024
     num_processes: int = 2
@@ -55,13 +58,23 @@ class SandboxLimits:
 class PythonGrader:
     """Belongs to the event loop in which it is first used. Starts its processes at the first grade."""
 
-    def __init__(self, source: str, limits: SandboxLimits | None = None, *, binary_path: Path | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        limits: SandboxLimits | None = None,
+        *,
+        interpreter: Literal["auto", "cpython"] = "auto",
+        binary_path: Path | None = None,
+    ) -> None:
         self._source = source
         self._limits = limits or SandboxLimits()
         self._binary_path = binary_path
         self._places = asyncio.Semaphore(self._limits.num_processes)
         self._starting = asyncio.Lock()
         self._pool: AsyncMonty | None = None
+        self._full = FullPython(source, self._limits.memory_bytes, min(self._limits.seconds, MAX_SECONDS))
+        self._needs_all = interpreter == "cpython"
+        """Whether the program is known to be more than the subset can load."""
 
     async def grade(self, request: GradeRequest) -> Grade:
         async with self._places:
@@ -75,7 +88,7 @@ class PythonGrader:
 
     async def check(self, param: str = "source") -> None:
         """Loads the program without grading. Raises: InvalidRequest when it does not load or defines no `grade`."""
-        kind = await self._attempt("type(grade).__name__", {})
+        kind = await self._attempt(None)
         if isinstance(kind, Grade):
             raise InvalidRequest(f"'{param}': {kind.error_message}", code=kind.error, param=param)
         if kind in PLAIN_TYPES:
@@ -83,12 +96,13 @@ class PythonGrader:
             raise InvalidRequest(message, code=GradeFailure.PYTHON_RUNTIME.value, param=param)
 
     async def close(self) -> None:
+        self._full.close()
         pool, self._pool = self._pool, None
         if pool is not None:
             await pool.__aexit__(None, None, None)
 
     async def _run(self, request: GradeRequest) -> Grade:
-        result = await self._attempt("grade(_sample, _item)", {"_sample": request.sample, "_item": request.item})
+        result = await self._attempt(request)
         if isinstance(result, Grade):
             return result
         try:
@@ -96,18 +110,47 @@ class PythonGrader:
         except InvalidGrade as error:
             return failed(GradeFailure.INVALID_SCORE, error.message)
 
-    async def _attempt(self, expression: str, inputs: dict[str, Any]) -> Any:
-        """The value of `expression` after the program, or the Grade of its failure. A fresh session: nothing stays behind."""
+    async def _attempt(self, request: GradeRequest | None) -> Any:
+        """What `grade` returns for `request`, without one the name of its type; or the Grade of the failure."""
+        if self._needs_all:
+            return await self._attempt_in_all(request)
+        result = await self._attempt_in_subset(request)
+        if not isinstance(result, Grade) or result.error != GradeFailure.PYTHON_UNSUPPORTED:
+            return result
+        again = await self._attempt_in_all(request)
+        if isinstance(again, Grade) and again.error == GradeFailure.PYTHON_SERVER:
+            return failed(GradeFailure.PYTHON_UNSUPPORTED, f"{result.error_message}\n{again.error_message}")
+        return again
+
+    async def _attempt_in_subset(self, request: GradeRequest | None) -> Any:
+        """A fresh session: nothing stays behind."""
+        expression = "type(grade).__name__" if request is None else "grade(_sample, _item)"
+        inputs = {} if request is None else {"_sample": request.sample, "_item": request.item}
         policy = OSPolicy(sleep="zero", random_start={"seed": 0})
+        is_loaded = False
         try:
             pool = await self._started_pool()
             async with pool.checkout(limits=self._limits.as_resource_limits(), os_policy=policy) as session:
                 await _feed(session, self._source, {})
+                is_loaded = True
                 return await _feed(session, expression, inputs)
         except MontyError as error:
-            return _failure(error)
+            grade = _failure(error)
+            self._needs_all = not is_loaded and grade.error == GradeFailure.PYTHON_UNSUPPORTED
+            return grade
         except (RuntimeError, OSError) as error:
-            return failed(GradeFailure.PYTHON_SERVER, f"The sandbox cannot run on this host, so the program was not run: {error}")
+            return failed(GradeFailure.PYTHON_SERVER, f"{NO_SANDBOX}: {error}")
+
+    async def _attempt_in_all(self, request: GradeRequest | None) -> Any:
+        try:
+            reply = await self._full.ask({} if request is None else {"sample": request.sample, "item": request.item})
+        except SandboxUnavailable as error:
+            return failed(GradeFailure.PYTHON_SERVER, f"{NO_SANDBOX}: {error.message}")
+        except ProgramDied as error:
+            return failed(GradeFailure.PYTHON_RUNTIME, error.message)
+        except TimeoutError:
+            return failed(GradeFailure.PYTHON_TIMEOUT, "The program did not end in time and was killed.")
+        return _load_result(reply) if request is None else _call_result(reply)
 
     async def _started_pool(self) -> AsyncMonty:
         async with self._starting:
@@ -120,6 +163,29 @@ class PythonGrader:
                 await pool.__aenter__()
                 self._pool = pool
             return self._pool
+
+
+def _load_result(reply: dict[str, Any]) -> Any:
+    """The name of `grade`'s type, a plain one for whatever cannot be called; or the Grade of the failure."""
+    if "error" in reply:
+        return _reported(reply)
+    return str(reply.get("type")) if reply.get("callable") is True else "NoneType"
+
+
+def _call_result(reply: dict[str, Any]) -> Any:
+    """The number, or the Grade of the failure. The process that wrote `reply` was the program's: none of it is trusted."""
+    if "error" in reply:
+        return _reported(reply)
+    if "type" in reply:
+        return failed(GradeFailure.INVALID_SCORE, f"'grade(sample, item)' must be a number, not {str(reply['type'])[:100]}.")
+    return reply.get("value")
+
+
+def _reported(reply: dict[str, Any]) -> Grade:
+    if reply["error"] == "memory":
+        return failed(GradeFailure.PYTHON_MEMORY, "The program took too much memory.")
+    is_unsupported = reply["error"] == "unsupported"
+    return failed(GradeFailure.PYTHON_UNSUPPORTED if is_unsupported else GradeFailure.PYTHON_RUNTIME, str(reply.get("text")))
 
 
 async def _feed(session: AsyncMontySession, code: str, inputs: dict[str, Any]) -> Any:
@@ -147,6 +213,8 @@ def _failure(error: MontyError) -> Grade:
         return failed(GradeFailure.PYTHON_MEMORY, text)
     if isinstance(inner, ModuleNotFoundError) or (isinstance(inner, NotImplementedError) and "monty" in message):
         return failed(GradeFailure.PYTHON_UNSUPPORTED, f"The sandbox does not have what the program uses. {text}")
+    if isinstance(inner, NameError) and any(f"'{name}'" in message for name in vars(builtins)):
+        return failed(GradeFailure.PYTHON_UNSUPPORTED, text)
     if isinstance(inner, NameError) and "'grade'" in message:
         return failed(GradeFailure.PYTHON_RUNTIME, f"The program must define grade(sample, item). {text}")
     return failed(GradeFailure.PYTHON_RUNTIME, text)

@@ -14,6 +14,7 @@ from core.grader_specs import (
     MultiGrader,
     PinnedGraderSpec,
     PinnedMultiGrader,
+    RewardModelGrader,
     StringCheckGrader,
     TextSimilarityGrader,
 )
@@ -103,6 +104,10 @@ def _templates(spec: GraderSpec | PinnedGraderSpec, param: str) -> list[tuple[st
         return [(f"{param}.input", spec.input), (f"{param}.reference", spec.reference)]
     if isinstance(spec, JudgeOptions):
         return [(f"{param}.input.{number}.content", text) for number, message in enumerate(spec.input) for text in _texts(message)]
+    if isinstance(spec, RewardModelGrader) and isinstance(spec.input, str):
+        return [(f"{param}.input", spec.input)]
+    if isinstance(spec, RewardModelGrader):
+        return [(f"{param}.input.{number}.content", message.content) for number, message in enumerate(spec.input)]
     return []
 
 

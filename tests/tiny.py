@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<end>", "<system>", "<user>", "<assistant>", "<unk>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,?+="
@@ -77,3 +77,30 @@ def _spread(model: LlamaForCausalLM, hidden: int, head_scale: float) -> None:
         if parameter.ndim == 2 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     torch.nn.init.constant_(model.model.norm.weight, head_scale)
+
+
+def build_tiny_reward_model(folder: Path, *, seed: int = 0, labels: tuple[str, ...] = ("reward",)) -> Path:
+    """A Hugging Face folder with a float32 LlamaForSequenceClassification over the same tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL_TOKENS) + len(CHARACTERS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -12,7 +12,7 @@ import torch
 
 from core.compatibility import broken_rules, refusal
 from core.errors import InvalidRequest, TrainingError, boundary
-from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec, Thresholded
+from core.grader_specs import PinnedEndpointGrader, PinnedGraderSpec, PinnedMultiGrader, PinnedRewardModelGrader, Thresholded
 from core.options import Options
 from core.run_directory import JOB, ResolvedJob
 
@@ -74,6 +74,15 @@ def grader_version(spec: PinnedGraderSpec) -> str:
     if isinstance(spec, PinnedEndpointGrader):
         return spec.grader_version
     return f"{spec.type}@{hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:12]}"
+
+
+def locate_models(spec: PinnedGraderSpec, run_directory: Path) -> PinnedGraderSpec:
+    """`spec` with the folders of its reward models as paths of this host."""
+    if isinstance(spec, PinnedMultiGrader):
+        return spec.model_copy(update={"graders": {name: locate_models(member, run_directory) for name, member in spec.graders.items()}})
+    if isinstance(spec, PinnedRewardModelGrader):
+        return spec.model_copy(update={"folder": str(run_directory / spec.folder)})
+    return spec
 
 
 def pass_threshold(spec: PinnedGraderSpec) -> float:

@@ -29,7 +29,17 @@ from trainer.checkpoints import (
     state_digest,
 )
 from trainer.collection import Collector, Pending, from_plain, to_plain
-from trainer.config import Schedule, grader_version, load_job, longest_prompt, machine_facts, make_schedule, pass_threshold, set_up_machine
+from trainer.config import (
+    Schedule,
+    grader_version,
+    load_job,
+    locate_models,
+    longest_prompt,
+    machine_facts,
+    make_schedule,
+    pass_threshold,
+    set_up_machine,
+)
 from trainer.control import ControlReader, Pulse
 from trainer.data import PromptOrder, load_prompts
 from trainer.evaluation import Evaluator
@@ -123,7 +133,9 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     recorder = Recorder(directory, redactor, grader_version(job.grader), schedule.total_steps)
     network = NetworkPolicy(job.allowed_private_networks, job.allow_http_graders)
     journal = RewardJournal(directory / REWARDS)
-    grading = GradingService(job, lambda: make_grader(job.grader, secrets, network), journal, redactor, pulse.progress)
+    grading = GradingService(
+        job, lambda: make_grader(locate_models(job.grader, directory), secrets, network), journal, redactor, pulse.progress
+    )
     engine = RolloutEngine(policy, tokenizer, options.precision)
     sampling = partial(make_sampling, job, end_token_ids(tokenizer, policy.generation_config))
     order = PromptOrder(job.seed, len(prompts), schedule.batch_size)

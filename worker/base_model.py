@@ -25,15 +25,18 @@ POLL_SECONDS = 0.2
 LOG_END = 2000
 
 
-def model_folder(holding: Holding) -> Path:
-    """Raises: InvalidRequest where the source is gone or cannot be converted; NotFound, StorageError; LeaseLost, WindDown."""
-    job = holding.claim.job
-    source = holding.read(lambda session: get_pinned_model(session, job.project_id, job.model, job.model_digest)).source
+def model_folder(holding: Holding, name: str, digest: str) -> Path:
+    """Of the registered model `name`, as it was when the job was submitted.
+
+    Raises: InvalidRequest where the source is gone or cannot be converted; NotFound, StorageError; LeaseLost, WindDown.
+    """
+    project = holding.claim.job.project_id
+    source = holding.read(lambda session: get_pinned_model(session, project, name, digest)).source
     if source["type"] == "folder":
         return _existing(Path(source["path"]))
     if source["type"] == "checkpoint":
-        return _fetched(holding, source["checkpoint"])
-    return _converted(holding, source)
+        return _fetched(holding, name, source["checkpoint"])
+    return _converted(holding, name, source)
 
 
 def _existing(folder: Path) -> Path:
@@ -42,7 +45,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _converted(holding: Holding, source: dict[str, Any]) -> Path:
+def _converted(holding: Holding, name: str, source: dict[str, Any]) -> Path:
     target = holding.worker.settings.models_path / _key(source)
     with _locked(holding, target):
         if not target.is_dir():
@@ -51,9 +54,7 @@ def _converted(holding: Holding, source: dict[str, Any]) -> Path:
             code = _wait(holding, start_converter(command, log))
             if code != 0:
                 end = log.read_text(errors="replace")[-LOG_END:].strip()
-                raise InvalidRequest(
-                    f"The model '{holding.claim.job.model}' could not be converted: {end}", code="model_not_available", param="model"
-                )
+                raise InvalidRequest(f"The model '{name}' could not be converted: {end}", code="model_not_available", param="model")
     return target
 
 
@@ -78,11 +79,11 @@ def _wait(holding: Holding, process: TrainerProcess) -> int | None:
     return code
 
 
-def _fetched(holding: Holding, checkpoint_id: str) -> Path:
+def _fetched(holding: Holding, name: str, checkpoint_id: str) -> Path:
     """A fine-tuned model's own weights. Adapters alone are no model to start from."""
     checkpoint, files = holding.read(lambda session: _checkpoint(session, checkpoint_id))
     if checkpoint.manifest["facts"].get("format") == "lora":
-        message = f"'{holding.claim.job.model}' is a LoRA adapter; a job can start from a base model or from full weights."
+        message = f"'{name}' is a LoRA adapter; a job can start from a base model or from full weights."
         raise InvalidRequest(message, code="model_not_trainable", param="model")
     target = holding.worker.settings.models_path / checkpoint_id
     with _locked(holding, target):

@@ -59,7 +59,8 @@ def prepare(holding: Holding) -> Prepared:
     fetch_file(holding, job.training_blob, directory / TRAIN)
     if job.validation_blob is not None:
         fetch_file(holding, job.validation_blob, directory / VALID)
-    (directory / MODEL).symlink_to(model_folder(holding))
+    (directory / MODEL).symlink_to(model_folder(holding, job.model, job.model_digest))
+    _link_reward_models(holding)
     secrets = holding.read(lambda session: gather_secrets(holding, session))
     return Prepared(secrets, _take_over(holding, older))
 
@@ -88,6 +89,16 @@ def gather_secrets(holding: Holding, session: Session) -> dict[str, Any]:
     inline = keys.decrypt(job.secrets) if job.secrets is not None else {}
     references = [spec["secret_ref"] for spec in [job.grader, *job.grader.get("graders", {}).values()] if "secret_ref" in spec]
     return {reference: inline[reference] if reference in inline else read_secrets(session, keys, reference) for reference in references}
+
+
+def _link_reward_models(holding: Holding) -> None:
+    """The models that grade, each where its pinned grader looks for it."""
+    grader = holding.claim.job.grader
+    for spec in [grader, *grader.get("graders", {}).values()]:
+        link = holding.directory / spec.get("folder", "")
+        if spec["type"] == "reward_model" and not link.exists():
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(model_folder(holding, spec["model"], spec["digest"]))
 
 
 def _make_private(directory: Path) -> None:

@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Rooms and heavy libraries that a room may import; small libraries are free. `local` uses `client` to talk to the API."""
 
-EXCEPTIONS = {("core/doorbell.py", "celery"), ("local/platform_database.py", "database")}
+EXCEPTIONS = {("core/doorbell.py", "celery"), ("local/platform_database.py", "database")} | {
+    ("graders/reward_model.py", library) for library in ("torch", "transformers")
+}
 CLIENT_MAY = {"core.specs", "core.grader_specs", "core.options", "core.errors", "core"}
 
 

@@ -153,6 +153,68 @@ def test_deep_nesting_is_refused_not_a_crash(text: str) -> None:
         parse_formula(text, list(VALUES))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^9^9^9",
+        "c^1024",
+        "(((c^10)^10)^10)^10",
+        "exp(exp(exp(10)))",
+        "1e308 * 1e308",
+        "0 ^ (0 - 1)",
+        "max(" + ", ".join(["c^9999"] * 60) + ")",
+        "1 / (a - 0.5)",
+    ],
+)
+def test_towers_of_exponents_end_at_once_without_a_number(text: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(FormulaValueError):
+        parse_formula(text, list(VALUES)).evaluate(VALUES)
+    assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__builtins__",
+        "a.real",
+        "a[0]",
+        "eval(a)",
+        "exec('x')",
+        "lambda: a",
+        "(lambda: a)()",
+        "[a for a in b]",
+        "a := b",
+        "a == b",
+        "a and b",
+        "'a'",
+        "f'{a}'",
+        "a // b",
+        "a % b",
+        "a @ b",
+        "~a",
+        "a << b",
+        "0x10",
+        "1_000",
+        "1j",
+        "a #",
+        "a\\\nb",
+        "min(*a)",
+        "min(a, key=b)",
+        "abs",
+        "\x00a",
+    ],
+)
+def test_what_only_python_would_understand_is_refused(text: str) -> None:
+    with pytest.raises(FormulaError):
+        parse_formula(text, list(VALUES))
+
+
+def test_a_grader_may_have_a_name_that_python_knows() -> None:
+    names = {"eval": 1.0, "__class__": 2.0, "lambda": 3.0, "min": 4.0}
+    assert parse_formula("eval + __class__ + lambda + min", list(names)).evaluate(names) == 10.0
+
+
 def test_a_long_flat_formula_is_no_problem() -> None:
     started = time.monotonic()
     assert parse_formula("+".join(["a"] * 2000), ["a"]).evaluate({"a": 1.0}) == 2000.0
