@@ -78,6 +78,7 @@ def resolve(holding: Holding) -> ResolvedJob:
         "num_threads": worker.num_threads,
         "allowed_private_networks": worker.settings.allowed_private_networks,
         "allow_http_graders": worker.settings.allow_http_graders,
+        "grader_patience_seconds": worker.settings.grader_patience_seconds,
     }
     return ResolvedJob.model_validate(values)
 

@@ -40,7 +40,8 @@ def rollout(index: int = 0, g: int = 0, text: str = "abc", tokens: tuple[int, ..
 
 @contextmanager
 def service(path: Path, grader: object, job: ResolvedJob = JOB) -> Iterator[GradingService]:
-    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), Redactor(secret_values(SECRETS)), lambda: None)  # type: ignore[arg-type,return-value]
+    redactor = Redactor(secret_values(SECRETS))
+    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), redactor, lambda: None, lambda *told, **data: None)  # type: ignore[arg-type,return-value]
     try:
         yield running
     finally:
@@ -120,7 +121,7 @@ def test_up_to_the_bound_failures_are_carried_and_above_it_the_grader_counts_as_
     with service(tmp_path, FunctionGrader(grade)) as running:
         found = grade_all(running, [rollout(index) for index in range(4)])
         assert [entry.error for entry in found] == ["grader_timeout", "grader_timeout", None, None]
-        with pytest.raises(GraderUnavailable, match=r"2 of 3 completions could not be graded in step 2 \(grader_timeout: 2\)") as caught:
+        with pytest.raises(GraderUnavailable, match=r"Step 2: 2 of 3 completions could not be graded \(grader_timeout: 2\)") as caught:
             grade_all(running, [rollout(index) for index in range(3)], step=2)
     assert "topsecret99" not in caught.value.message
     assert "topsecret99" not in str(found)
