@@ -99,13 +99,13 @@ BEHAVIOURS = [
     lost("promises less than it sends", raw(f"HTTP/1.1 200 OK\ncontent-length: 6\n\n{GOOD}"), INVALID_JSON, 1),
     lost("promises more than it sends", raw(f"HTTP/1.1 200 OK\ncontent-length: 99\n\n{GOOD}"), CONNECTION, TWICE),
     Behaviour("sends two answers at once", raw(TWO_ANSWERS), calls=1, is_graded_half=True),
-    *[lost(f"{code} for ever", lambda code=code: status(code), HTTP, TWICE) for code in (408, 425, 500, 502, 503, 504)],  # type: ignore[misc]
+    *[lost(f"{code} for ever", lambda code=code: status(code), HTTP, TWICE) for code in (408, 425, 500, 502, 503, 504)],
     lost("429 for ever, without Retry-After", lambda: status(429), HTTP, TWICE),
-    *[passing(f"{code} once", lambda code=code: status(code)) for code in (408, 425, 500, 502, 503, 504)],  # type: ignore[misc]
+    *[passing(f"{code} once", lambda code=code: status(code)) for code in (408, 425, 500, 502, 503, 504)],
     passing("429 once, without Retry-After", lambda: status(429)),
     passing("429 once, Retry-After in seconds", lambda: status(429, retry_after="1"), min_seconds=1.0),
     passing("429 once, Retry-After as a date", lambda: status(429, retry_after=in_date_form(2.0)), min_seconds=1.0),
-    *[lost(f"{code}", lambda code=code: status(code), HTTP, 1) for code in (400, 401, 403, 404, 413, 422)],  # type: ignore[misc]
+    *[lost(f"{code}", lambda code=code: status(code), HTTP, 1) for code in (400, 401, 403, 404, 413, 422)],
     lost("redirects to a private address", lambda: status(302, location="http://169.254.169.254/latest/"), HTTP, 1),
     lost("a body of 2 MiB", lambda: Reply(b" " * 2**21 + GOOD.encode()), TOO_LARGE, 1),
     lost("a body without end", lambda: Reply(b" " * 65536, endless=True), TOO_LARGE, 1),
