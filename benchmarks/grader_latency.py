@@ -5,7 +5,6 @@ one learned from; a serial loop waits for one grade after the other.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -85,9 +84,9 @@ def make_table(measured: dict[tuple[float, Loop], float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     measured = measure(LATENCIES, given.steps, given.repeats)

@@ -127,7 +127,9 @@ def pause_job(session: Session, project_id: str, job_id: str, reason: PauseReaso
 
 def resume_job(session: Session, project_id: str, job_id: str) -> Job:
     """Queued again; starts when no lease is left from before. Raises: NotFound, InvalidTransition."""
-    job = _change_status(session, project_id, job_id, Status.QUEUED, frozenset({Status.PAUSED}), {"pause_reason": None, "probes": 0, "probe_at": None})
+    job = _change_status(
+        session, project_id, job_id, Status.QUEUED, frozenset({Status.PAUSED}), {"pause_reason": None, "probes": 0, "probe_at": None}
+    )
     add_event(session, job_id, level="info", message="Fine-tuning job resumed, moving it to queued state")
     return job
 

@@ -162,5 +162,5 @@ def table(results: list[Result]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     invented, twice = sum(result.invented for result in results), sum(result.counted_twice for result in results)
-    sums = f"{len(results)} behaviours, {invented} rewards invented, {twice} samples counted twice. `calls`: about the completion that came first."
+    sums = f"{len(results)} behaviours, {invented} rewards invented, {twice} samples counted twice. `calls`: about the first completion."
     return [*lines, "", sums]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from core.run_directory import End
-from tests.graders_behaviour.bench import BATCH_SIZE, GROUP_SIZE, STEPS, Result, run
 from tests.graders_behaviour.behaviours import BEHAVIOURS, FIRST, Behaviour
+from tests.graders_behaviour.bench import BATCH_SIZE, GROUP_SIZE, STEPS, Result, run
 from tests.trainer.runs import read_metrics
 
 COMPLETIONS = STEPS * BATCH_SIZE * GROUP_SIZE

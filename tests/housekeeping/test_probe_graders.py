@@ -207,5 +207,3 @@ def test_grader_that_only_answers_probes_is_asked_ever_less_often_until_a_step_i
         assert (read_job(database, job.id).probes, read_job(database, job.id).probe_at) == (0, None)
         with database.transaction() as session:
             assert resume_job(session, project, job.id).probes == 0
-
-

@@ -42,7 +42,9 @@ def rollout(index: int = 0, g: int = 0, text: str = "abc", tokens: tuple[int, ..
 
 
 @contextmanager
-def service(path: Path, grader: object, job: ResolvedJob = JOB, announce: Announce = lambda *told, **data: None) -> Iterator[GradingService]:
+def service(
+    path: Path, grader: object, job: ResolvedJob = JOB, announce: Announce = lambda *told, **data: None
+) -> Iterator[GradingService]:
     redactor = Redactor(secret_values(SECRETS))
     running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), redactor, lambda: None, announce)  # type: ignore[arg-type,return-value]
     try:
