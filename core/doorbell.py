@@ -9,6 +9,7 @@ JOBS_QUEUE = "jobs"
 HOUSEKEEPING_QUEUE = "housekeeping"
 WAKE = "worker.tasks.wake"
 VALIDATE = "housekeeping.celery_app.validate_jobs"
+PROBE = "housekeeping.celery_app.probe_graders"
 SWEEP = "housekeeping.celery_app.sweep"
 
 
@@ -41,6 +42,9 @@ class Doorbell:
 
     def wake_validation(self) -> bool:
         return self._send(VALIDATE, HOUSEKEEPING_QUEUE)
+
+    def wake_probe(self) -> bool:
+        return self._send(PROBE, HOUSEKEEPING_QUEUE)
 
     def _send(self, task: str, queue: str) -> bool:
         try:

@@ -142,7 +142,7 @@ class Options(BaseModel):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up."""
     max_grader_failure_fraction: Fraction = 0.2
-    """Above this fraction of failed grades in a step the job pauses (`grader_unavailable`)."""
+    """Above this fraction of failed grades in a step the step waits, and then the job pauses (`grader_unavailable`)."""
 
     # Model and machine.
     finetuning: Literal["lora", "full"] = "lora"

@@ -60,6 +60,8 @@ class ResolvedJob(_Strict):
     """0: leave torch's own choice."""
     allowed_private_networks: tuple[str, ...] = ()
     allow_http_graders: bool = False
+    grader_patience_seconds: float = 0.0
+    """How long a step waits for a grader that is away before the run pauses."""
 
 
 class MetricsLine(_Strict):

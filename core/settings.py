@@ -33,6 +33,11 @@ class Settings(BaseSettings):
     allow_http_graders: bool = False
     """Whether grader URLs may be plain http (always allowed towards `allowed_private_networks`)."""
 
+    grader_patience_seconds: float = Field(default=60.0, ge=0)
+    """How long a step waits for a grader that is away before its job pauses (`grader_unavailable`) and frees its worker."""
+    grader_probe_seconds: float = Field(default=15.0, gt=0)
+    """How long after a failed probe the grader of a paused job is probed again: twice as long each time, up to half an hour."""
+
     lease_seconds: float = Field(default=120.0, gt=0)
     """How long a worker owns a job without renewing its lease, by the database's clock."""
     wind_down_seconds: float = Field(default=120.0, gt=0)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from core.errors import NotFound
 from core.grader_specs import EndpointOptions, PinnedEndpointGrader
-from database.models import Grader, GraderVersion
+from database.models import Grader, GraderVersion, Job
 from database.pages import Page
 from database.secrets import Secrets
 from database.sql import clock, fetch_page, insert_row, new_id, update_row
@@ -89,6 +89,13 @@ def read_secrets(session: Session, secrets: Secrets, secret_ref: str) -> dict[st
     if not number.isdecimal():
         raise _not_found(secret_ref)
     return secrets.decrypt(_version(session, grader_id, int(number)).secrets)
+
+
+def read_job_secrets(session: Session, secrets: Secrets, job: Job) -> dict[str, dict[str, Any]]:
+    """{secret_ref: {"headers": ..., "signing_secret": ...}} of all that the job's grader names: given inline, and of registered graders."""
+    inline = secrets.decrypt(job.secrets) if job.secrets is not None else {}
+    references = [spec["secret_ref"] for spec in [job.grader, *job.grader.get("graders", {}).values()] if "secret_ref" in spec]
+    return {reference: inline[reference] if reference in inline else read_secrets(session, secrets, reference) for reference in references}
 
 
 def grader_view(grader: Grader, version: GraderVersion) -> dict[str, Any]:

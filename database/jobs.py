@@ -114,7 +114,12 @@ def cancel_job(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def pause_job(session: Session, project_id: str, job_id: str, reason: PauseReason = PauseReason.USER) -> Job:
-    """Paused at once; a worker that holds the job winds down and keeps what it did. Raises: NotFound, InvalidTransition."""
+    """Paused at once; a worker that holds the job winds down and keeps what it did. One that waits for its grader waits for its user now.
+
+    Raises: NotFound, InvalidTransition.
+    """
+    if reason == PauseReason.USER and (waiting := _keep_paused(session, project_id, job_id)) is not None:
+        return waiting
     job = _change_status(session, project_id, job_id, Status.PAUSED, sources_of(Status.PAUSED), {"pause_reason": reason})
     add_event(session, job_id, level="info", message="Fine-tuning job paused")
     return job
@@ -122,7 +127,9 @@ def pause_job(session: Session, project_id: str, job_id: str, reason: PauseReaso
 
 def resume_job(session: Session, project_id: str, job_id: str) -> Job:
     """Queued again; starts when no lease is left from before. Raises: NotFound, InvalidTransition."""
-    job = _change_status(session, project_id, job_id, Status.QUEUED, frozenset({Status.PAUSED}), {"pause_reason": None})
+    job = _change_status(
+        session, project_id, job_id, Status.QUEUED, frozenset({Status.PAUSED}), {"pause_reason": None, "probes": 0, "probe_at": None}
+    )
     add_event(session, job_id, level="info", message="Fine-tuning job resumed, moving it to queued state")
     return job
 
@@ -177,6 +184,16 @@ def close_attempts(session: Session, job_id: str, reason: str, *, before: int | 
     if before is not None:
         statement = statement.where(Attempt.attempt < before)
     session.execute(statement.values(ended_at=clock(), reason=reason), execution_options={"synchronize_session": False})
+
+
+def _keep_paused(session: Session, project_id: str, job_id: str) -> Job | None:
+    """The job, no longer to be resumed by a probe; None where it does not wait for one."""
+    is_waiting = and_(Job.status == Status.PAUSED, Job.pause_reason == PauseReason.GRADER_UNAVAILABLE)
+    statement = update(Job).where(Job.id == job_id, Job.project_id == project_id, is_waiting)
+    job = update_row(session, statement.values(pause_reason=PauseReason.USER, updated_at=clock()), Job)
+    if job is not None:
+        add_event(session, job_id, level="info", message="Fine-tuning job stays paused until it is resumed")
+    return job
 
 
 def _change_status(

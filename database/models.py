@@ -160,6 +160,7 @@ class Job(Base):
         Index("ix_jobs_queued", "priority", "created_at", **_where("status = 'queued'")),
         Index("ix_jobs_running", "project_id", **_where("status = 'running'")),
         Index("ix_jobs_validating", "created_at", **_where("status = 'validating_files'")),
+        Index("ix_jobs_probe", "probe_at", **_where("status = 'paused' AND pause_reason = 'grader_unavailable'")),
         Index("ix_jobs_lease", "lease_expires_at", **_where("lease_expires_at IS NOT NULL")),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -201,6 +202,10 @@ class Job(Base):
     lease_expires_at: Mapped[float | None]
     worker: Mapped[str | None]
     pause_reason: Mapped[str | None]
+    probes: Mapped[int] = mapped_column(server_default="0")
+    """How often the grader was probed for this job since its last step."""
+    probe_at: Mapped[float | None]
+    """Not before then is it probed (again). None: at once."""
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]

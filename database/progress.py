@@ -221,7 +221,7 @@ def _progress(session: Session, job_id: str, attempt: int, lines: Sequence[Metri
         changes["total_steps"] = totals[-1]
     if steps:
         total = totals[-1] if totals else session.execute(select(Job.total_steps).where(Job.id == job_id)).scalar_one()
-        changes["current_step"] = max(steps)
+        changes |= {"current_step": max(steps), "probes": 0, "probe_at": None}
         changes["estimated_finish"] = _estimated_finish(session, session.get(Attempt, (job_id, attempt)), max(steps), total)
     return changes
 

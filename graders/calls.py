@@ -144,8 +144,8 @@ class Service:
             return Verdict(request.read(answer.body), status=answer.status)
         excerpt = shorten(self._redactor.clean(answer.body.decode(errors="replace")), 200)
         note = "; redirects are not followed" if 300 <= answer.status < 400 else ""
-        grade = failed(GradeFailure.HTTP, f"HTTP {answer.status}{note}: {excerpt!r}")
         is_final = answer.status not in RETRIED_STATUSES
+        grade = replace(failed(GradeFailure.HTTP, f"HTTP {answer.status}{note}: {excerpt!r}"), was_refused=is_final)
         return Verdict(grade, is_final, _retry_after(answer.headers.get("retry-after")), answer.status)
 
 

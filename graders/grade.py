@@ -88,6 +88,12 @@ class Grade:
     abstained: bool = False
     """The grader answered `"score": null`: the sample is left out; neither an error nor a 0."""
 
+    was_refused: bool = False
+    """The service answered with a status that a second attempt would meet again, such as 404 or 422."""
+
+    failed_member: str | None = None
+    """Of a multi grade: the member that made it fail."""
+
     model: str | None = None
     """The judge that was asked; of a multi grade, the judge that made it fail."""
 
@@ -96,7 +102,7 @@ class Grade:
 
     @property
     def is_outage(self) -> bool:
-        return self.error in OUTAGES
+        return self.error in OUTAGES and not self.was_refused
 
 
 class Grader(Protocol):

@@ -39,7 +39,7 @@ class MultiGrader:
     def _combine(self, grades: Mapping[str, Grade]) -> Grade:
         for name, grade in grades.items():
             if grade.error is not None:
-                return replace(grade, error_message=f"Grader '{name}': {grade.error_message}")
+                return replace(grade, error_message=f"Grader '{name}': {grade.error_message}", failed_member=name)
         rewards = {name: grade.reward for name, grade in grades.items() if grade.reward is not None}
         if len(rewards) < len(grades):
             return Grade(None, abstained=True)

@@ -1,13 +1,15 @@
-"""`celery -A housekeeping.celery_app worker -P threads -c 2 -Q housekeeping -B`: the clock and the tasks of housekeeping."""
+"""`celery -A housekeeping.celery_app worker -P threads -c 3 -Q housekeeping -B`: the clock and the tasks of housekeeping."""
 
 import threading
 import time
 from functools import cache
 from typing import NamedTuple
 
-from core.doorbell import HOUSEKEEPING_QUEUE, SWEEP, VALIDATE, make_celery
+from core.doorbell import HOUSEKEEPING_QUEUE, PROBE, SWEEP, VALIDATE, make_celery
 from core.settings import load_settings
+from database.secrets import load_secrets
 from housekeeping.context import Housekeeping, open_housekeeping
+from housekeeping.probe_graders import GraderProbe
 from housekeeping.sweep import Sweep
 from housekeeping.validate_job import validate_waiting_jobs
 
@@ -26,12 +28,14 @@ _opening = threading.Lock()
 class Opened(NamedTuple):
     housekeeping: Housekeeping
     sweep: Sweep
+    probe: GraderProbe
 
 
 @cache
 def _opened() -> Opened:
     housekeeping = open_housekeeping(load_settings())
-    return Opened(housekeeping, Sweep(housekeeping, time.monotonic()))
+    probe = GraderProbe(housekeeping, load_secrets(housekeeping.settings))
+    return Opened(housekeeping, Sweep(housekeeping, time.monotonic()), probe)
 
 
 def this_process() -> Opened:
@@ -48,5 +52,10 @@ def _sweep() -> None:
     this_process().sweep.run(time.monotonic())
 
 
+def _probe_graders() -> None:
+    this_process().probe.run()
+
+
+probe_graders = app.task(name=PROBE)(_probe_graders)
 validate_jobs = app.task(name=VALIDATE)(_validate_jobs)
 sweep = app.task(name=SWEEP)(_sweep)

@@ -78,6 +78,11 @@ def hang() -> Reply:
     return Reply(delay=3600.0)
 
 
+def silent_after_headers() -> Reply:
+    """Promises a body that never comes."""
+    return Reply(headers={"content-length": "20"})
+
+
 def dripping(seconds_per_byte: float) -> Reply:
     return score(0.5, drip=seconds_per_byte)
 

@@ -121,6 +121,9 @@ class Graded:
     """Stable code of the failure; None when graded or abstained."""
 
     error_message: str | None = None
+    failed_member: str | None = None
+    """The member of a multi grader to which `error` belongs."""
+
     attempts: int = 1
     latency_seconds: float = 0.0
 

@@ -7,21 +7,27 @@ import asyncio
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from itertools import chain, repeat
 from types import TracebackType
 from typing import Any, Self
 
-from core.errors import GraderUnavailable
 from core.redaction import Redactor
 from core.run_directory import ResolvedJob
 from graders.grade import Grade, Grader, GradeRequest, idempotency_key
+from graders.outage import Breaker
 from trainer.batch import Graded, Rollout
 from trainer.config import grader_version
 from trainer.journal import Occasion, RewardJournal
+from trainer.patience import Announce, Patience
 
 WAIT_SECONDS = 0.2
+RETRY_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Before the failures of a step with too many of them are asked again; the last one repeats."""
+
 CLOSE_SECONDS = 10.0
 
 
@@ -35,30 +41,35 @@ class GradingService:
         journal: RewardJournal,
         redactor: Redactor,
         on_progress: Callable[[], None],
+        announce: Announce,
     ) -> None:
         self.job = job
         self.journal = journal
         self.redactor = redactor
         self.version = grader_version(job.grader)
-        self._on_progress = on_progress
+        self.on_progress = on_progress
+        self.announce = announce
         self._unwritten: list[tuple[Occasion, str, Grade, asyncio.Future[None]]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grading", daemon=True)
         self._thread.start()
-        self._grader = asyncio.run_coroutine_threadsafe(_made(make_grader), self._loop).result()
+        self.grader = asyncio.run_coroutine_threadsafe(_made(make_grader), self._loop).result()
 
     def open(self, purpose: str, step: int, round_: int = 0) -> "GradingRound":
         return GradingRound(self, Occasion(self.job.job_id, purpose, step, round_, self.version))
 
     def submit(self, at: Occasion, rollout: Rollout) -> Future[Grade]:
         """The verdict to come: from the journal if it was given before, else from the grader."""
-        key = at.key(rollout)
-        known = self.journal.find(key)
+        known = self.journal.find(at.key(rollout))
         if known is None:
-            return asyncio.run_coroutine_threadsafe(self._grade(at, key, rollout), self._loop)
+            return self.submit_again(at, rollout)
         answered: Future[Grade] = Future()
         answered.set_result(known)
         return answered
+
+    def submit_again(self, at: Occasion, rollout: Rollout) -> Future[Grade]:
+        """The grader's new verdict, which takes the place of an earlier one."""
+        return asyncio.run_coroutine_threadsafe(self._grade(at, at.key(rollout), rollout), self._loop)
 
     def settle(self) -> None:
         """Waits until every verdict that was given stands in the journal."""
@@ -67,20 +78,20 @@ class GradingService:
     def close(self) -> None:
         """Gives up what is still open and frees the grader's connections and processes; one that hangs in this is left behind."""
         wait([asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)], timeout=CLOSE_SECONDS)
-        closing = asyncio.run_coroutine_threadsafe(self._grader.close(), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(self.grader.close(), self._loop)
         wait([closing], timeout=CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=CLOSE_SECONDS)
         self.journal.close()
 
     async def _grade(self, at: Occasion, key: str, rollout: Rollout) -> Grade:
-        grade = await self._grader.grade(_request(self.job, at, rollout))
+        grade = await self.grader.grade(_request(self.job, at, rollout))
         written = self._loop.create_future()
         if not self._unwritten:
             self._loop.call_soon(self._write)
         self._unwritten.append((at, key, grade, written))
         await written
-        self._on_progress()
+        self.on_progress()
         return grade
 
     def _write(self) -> None:
@@ -120,16 +131,48 @@ class GradingRound:
     def collect(self, rollouts: list[Rollout], check: Callable[[], None]) -> list[Graded]:
         """`rollouts` with their verdicts, in the same order. `check` is called every 0.2 s and may raise to stop.
 
-        Raises: GraderUnavailable where more than `max_grader_failure_fraction` of them failed.
+        While the grader is away, or more than `max_grader_failure_fraction` of them failed, this waits and asks for those again.
+        Raises: GraderUnavailable when patience is over. What was answered stands in the journal.
         """
+        patience = Patience(self._service.job.grader_patience_seconds, self._at.step, self._service.announce)
+        for pause in chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1])):
+            self._wait(check, patience)
+            graded = [self._graded(rollout, self._verdicts[rollout.prompt.index, rollout.g].result()) for rollout in rollouts]
+            failures = [entry for entry in graded if entry.error is not None]
+            if len(failures) <= self._service.job.options.max_grader_failure_fraction * len(graded):
+                patience.end()
+                return graded
+            if pause > 0:
+                patience.begin(time.monotonic(), _summary(failures, graded))
+            self._pass_time(pause, check, patience)
+            for entry in failures:
+                self._verdicts[entry.rollout.prompt.index, entry.rollout.g] = self._service.submit_again(self._at, entry.rollout)
+        raise AssertionError("the last pause repeats")
+
+    def _wait(self, check: Callable[[], None], patience: Patience) -> None:
+        """Until every verdict is there. Raises: GraderUnavailable."""
         waiting = set(self._verdicts.values())
         while waiting:
-            check()
+            self._tick(check, patience)
             _, waiting = wait(waiting, timeout=WAIT_SECONDS)
         check()
-        graded = [self._graded(rollout, self._verdicts[rollout.prompt.index, rollout.g].result()) for rollout in rollouts]
-        self._check_failures(graded)
-        return graded
+
+    def _pass_time(self, seconds: float, check: Callable[[], None], patience: Patience) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._tick(check, patience)
+            time.sleep(min(left, WAIT_SECONDS))
+
+    def _tick(self, check: Callable[[], None], patience: Patience) -> None:
+        check()
+        outage = self._service.grader.outage
+        if outage is None:
+            patience.follow(None, "")
+        else:
+            message = self._service.redactor.clean_optional(outage.failure.error_message)
+            patience.follow(outage.since, f"the grader does not answer ({outage.failure.error}). {message}")
+        if patience.is_waiting:
+            self._service.on_progress()
 
     def _graded(self, rollout: Rollout, grade: Grade) -> Graded:
         clean = self._service.redactor.clean_optional
@@ -140,24 +183,19 @@ class GradingRound:
             explanation=clean(grade.explanation),
             error=grade.error,
             error_message=clean(grade.error_message),
+            failed_member=grade.failed_member,
             attempts=grade.attempts,
             latency_seconds=grade.latency_seconds,
         )
 
-    def _check_failures(self, graded: list[Graded]) -> None:
-        failures = [entry for entry in graded if entry.error is not None]
-        if len(failures) <= self._service.job.options.max_grader_failure_fraction * len(graded):
-            return
-        self._service.journal.forget_failures(self._at.purpose, self._at.step)
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(entry.error for entry in failures).most_common())
-        raise GraderUnavailable(
-            f"{len(failures)} of {len(graded)} completions could not be graded in step {self._at.step} ({kinds}). "
-            f"First: {failures[0].error_message}"
-        )
+
+def _summary(failures: list[Graded], graded: list[Graded]) -> str:
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in Counter(entry.error for entry in failures).most_common())
+    return f"{len(failures)} of {len(graded)} completions could not be graded ({kinds}). First: {failures[0].error_message}"
 
 
-async def _made(make_grader: Callable[[], Grader]) -> Grader:
-    return make_grader()
+async def _made(make_grader: Callable[[], Grader]) -> Breaker:
+    return Breaker(make_grader())
 
 
 async def _cancel_others() -> None:

@@ -32,7 +32,7 @@ class Occasion:
 
 
 class RewardJournal:
-    """rewards.jsonl. Lines: {"key", "purpose", "step", ...the grade}, or {"forget_failures_of": step, "purpose"}.
+    """rewards.jsonl. Lines: {"key", "purpose", "step", ...the grade}; of two with the same key the later one counts.
 
     Verdicts of the next step may come in, from the graders' thread, while the loop saves the present one.
     """
@@ -57,12 +57,6 @@ class RewardJournal:
         for line in lines:
             self._take(line)
 
-    def forget_failures(self, purpose: str, step: int) -> None:
-        """The grader was away, so what it failed to grade in this step is asked again after the pause."""
-        line = {"forget_failures_of": step, "purpose": purpose}
-        self._writer.write_many([line])
-        self._take(line)
-
     def forget_steps(self, last_step: int) -> None:
         """Frees what a resume point at `last_step` makes needless: only later steps can ever be repeated."""
         with self._lock:
@@ -83,9 +77,5 @@ class RewardJournal:
 
     def _take(self, line: dict[str, Any]) -> None:
         with self._lock:
-            if "forget_failures_of" in line:
-                void = (line["purpose"], line["forget_failures_of"])
-                self._grades = {key: entry for key, entry in self._grades.items() if entry[:2] != void or entry[2].error is None}
-                return
             fields = {name: value for name, value in line.items() if name not in ("key", "purpose", "step")}
             self._grades[line["key"]] = (line["purpose"], line["step"], Grade(**fields))

@@ -177,7 +177,7 @@ def _train_to_end(run: Run) -> Outcome:
     except GraderUnavailable as error:
         log.warning("paused: %s", error.message)
         run.save_resume_point()
-        run.recorder.event(error.message, "warn", data={"code": error.code})
+        run.recorder.event(f"The job pauses until its grader is back. {error.message}", "warn", data={"code": error.code})
         return _outcome(run, End.PAUSED, pause_reason=error.code, error=error)
     return _outcome(run, End.SUCCEEDED, final_checkpoint=step_folder(run.progress.step))
 

@@ -135,6 +135,9 @@ def rollout_metrics(graded: list[Graded]) -> dict[str, float]:
     if rewards:
         found |= {"reward_mean": statistics.fmean(rewards), "reward_std": statistics.pstdev(rewards)}
         found |= {"reward_min": min(rewards), "reward_max": max(rewards)}
+    for member, error in sorted((entry.failed_member or "", entry.error) for entry in graded if entry.error is not None):
+        name = f"graders/{member}/errors/{error}" if member else f"grader_errors/{error}"
+        found[name] = found.get(name, 0.0) + 1.0
     for name in sorted({name for entry in graded for name in entry.sub_scores}):
         scores = [entry.sub_scores[name] for entry in graded if name in entry.sub_scores]
         found[f"graders/{name}/reward_mean"] = statistics.fmean(scores)

@@ -133,9 +133,8 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
     recorder = Recorder(directory, redactor, grader_version(job.grader), schedule.total_steps)
     network = NetworkPolicy(job.allowed_private_networks, job.allow_http_graders)
     journal = RewardJournal(directory / REWARDS)
-    grading = GradingService(
-        job, lambda: make_grader(locate_models(job.grader, directory), secrets, network), journal, redactor, pulse.progress
-    )
+    maker = partial(make_grader, locate_models(job.grader, directory), secrets, network)
+    grading = GradingService(job, maker, journal, redactor, pulse.progress, recorder.event)
     engine = RolloutEngine(policy, tokenizer, options.precision)
     sampling = partial(make_sampling, job, end_token_ids(tokenizer, policy.generation_config))
     order = PromptOrder(job.seed, len(prompts), schedule.batch_size)

@@ -26,7 +26,7 @@ from core.run_directory import (
     read_manifest,
 )
 from database.checkpoints import newest_resume_point, resume_point_files
-from database.graders import read_secrets
+from database.graders import read_job_secrets
 from database.models import ResumePoint, ResumePointFile
 from worker.base_model import model_folder
 from worker.context import Holding
@@ -61,7 +61,7 @@ def prepare(holding: Holding) -> Prepared:
         fetch_file(holding, job.validation_blob, directory / VALID)
     (directory / MODEL).symlink_to(model_folder(holding, job.model, job.model_digest))
     _link_reward_models(holding)
-    secrets = holding.read(lambda session: gather_secrets(holding, session))
+    secrets = holding.read(lambda session: read_job_secrets(session, holding.worker.secrets, job))
     return Prepared(secrets, _take_over(holding, older))
 
 
@@ -79,16 +79,9 @@ def resolve(holding: Holding) -> ResolvedJob:
         "num_threads": worker.num_threads,
         "allowed_private_networks": worker.settings.allowed_private_networks,
         "allow_http_graders": worker.settings.allow_http_graders,
+        "grader_patience_seconds": worker.settings.grader_patience_seconds,
     }
     return ResolvedJob.model_validate(values)
-
-
-def gather_secrets(holding: Holding, session: Session) -> dict[str, Any]:
-    """The secrets of every endpoint that the job's grader names: its own, given inline, and those of registered graders."""
-    job, keys = holding.claim.job, holding.worker.secrets
-    inline = keys.decrypt(job.secrets) if job.secrets is not None else {}
-    references = [spec["secret_ref"] for spec in [job.grader, *job.grader.get("graders", {}).values()] if "secret_ref" in spec]
-    return {reference: inline[reference] if reference in inline else read_secrets(session, keys, reference) for reference in references}
 
 
 def _link_reward_models(holding: Holding) -> None:

@@ -10,6 +10,7 @@ from database.files import list_files
 from database.jobs import jobs_to_validate, list_jobs
 from database.leases import count_queued, expire_leases
 from database.models import Event, File, Job
+from database.probes import is_probe_due, take_probe
 from database.progress import list_digests, list_events, list_metrics, list_samples
 from database.projects import find_api_key
 from database.session import open_database
@@ -21,6 +22,8 @@ POLLED = {
     "count queued": count_queued,
     "expire": lambda session: expire_leases(session, max_attempts=3),
     "validate": lambda session: jobs_to_validate(session, 5),
+    "probe due": is_probe_due,
+    "take probe": lambda session: take_probe(session, 60.0),
     "jobs": lambda session: list_jobs(session, "proj_a", after=None, limit=5),
     "files": lambda session: list_files(session, "proj_a", purpose="fine-tune", after=None, limit=5),
     "events": lambda session: list_events(session, "ftjob-a", after=None, limit=5),

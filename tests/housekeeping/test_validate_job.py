@@ -40,6 +40,10 @@ class SilentBell(Doorbell):
         self.rung.append("validation")
         return True
 
+    def wake_probe(self) -> bool:
+        self.rung.append("probe")
+        return True
+
 
 @pytest.fixture
 def housekeeping(settings: Settings, database: Database) -> Housekeeping:

@@ -153,7 +153,7 @@ def test_a_grader_that_fails_almost_too_often_is_reported_before_it_pauses_the_j
     graded = iter(range(1_000_000))
 
     def grade(request: GradeRequest) -> Grade | float:
-        return Grade(reward=None, error="grader_timeout") if next(graded) % 7 == 0 else early_letters(request)
+        return Grade(reward=None, error="grader_invalid_score") if next(graded) % 7 == 0 else early_letters(request)
 
     evidence = the_warning(run(tmp_path / "run", grade, max_steps=10), "grader_failures")
     assert 0.1 < evidence["grader_failure_fraction"] < evidence["max_grader_failure_fraction"] == 0.2

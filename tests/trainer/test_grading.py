@@ -2,9 +2,11 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from trainer.config import grader_version
 from trainer.control import StopRequested
 from trainer.grading import GradingService
 from trainer.journal import Occasion, RewardJournal
+from trainer.patience import Announce
 
 JOB = ResolvedJob(
     job_id="ftjob-1",
@@ -39,8 +42,11 @@ def rollout(index: int = 0, g: int = 0, text: str = "abc", tokens: tuple[int, ..
 
 
 @contextmanager
-def service(path: Path, grader: object, job: ResolvedJob = JOB) -> Iterator[GradingService]:
-    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), Redactor(secret_values(SECRETS)), lambda: None)  # type: ignore[arg-type,return-value]
+def service(
+    path: Path, grader: object, job: ResolvedJob = JOB, announce: Announce = lambda *told, **data: None
+) -> Iterator[GradingService]:
+    redactor = Redactor(secret_values(SECRETS))
+    running = GradingService(job, lambda: grader, RewardJournal(path / REWARDS), redactor, lambda: None, announce)  # type: ignore[arg-type,return-value]
     try:
         yield running
     finally:
@@ -120,7 +126,7 @@ def test_up_to_the_bound_failures_are_carried_and_above_it_the_grader_counts_as_
     with service(tmp_path, FunctionGrader(grade)) as running:
         found = grade_all(running, [rollout(index) for index in range(4)])
         assert [entry.error for entry in found] == ["grader_timeout", "grader_timeout", None, None]
-        with pytest.raises(GraderUnavailable, match=r"2 of 3 completions could not be graded in step 2 \(grader_timeout: 2\)") as caught:
+        with pytest.raises(GraderUnavailable, match=r"Step 2: 2 of 3 completions could not be graded \(grader_timeout: 2\)") as caught:
             grade_all(running, [rollout(index) for index in range(3)], step=2)
     assert "topsecret99" not in caught.value.message
     assert "topsecret99" not in str(found)
@@ -135,6 +141,88 @@ def test_failures_of_the_step_that_paused_are_asked_again_and_its_rewards_are_no
     with service(tmp_path, second) as running:
         assert [entry.reward for entry in grade_all(running, rollouts)] == [0.5, 1.0, 1.0]
     assert {request.item["answer"] for request in second.requests} == {1, 2}
+
+
+PATIENT = JOB.model_copy(update={"grader_patience_seconds": 60.0})
+
+
+class Events:
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+        """(level, code)"""
+        self.messages: list[str] = []
+
+    def __call__(self, message: str, level: str = "info", *, data: dict[str, Any] | None = None) -> None:
+        self.told.append((level, (data or {})["code"]))
+        self.messages.append(message)
+
+
+WAITED = [("warn", "grader_unavailable"), ("info", "grader_available")]
+
+
+def test_too_many_failures_are_asked_again_until_they_are_few_and_nothing_else_is(tmp_path: Path) -> None:
+    events, asked = Events(), Counter[int]()
+
+    def grade(request: GradeRequest) -> Grade | float:
+        index = request.item["answer"]
+        asked[index] += 1
+        return Grade(reward=None, error="grader_invalid_score") if index < 3 and asked[index] < 3 else 1.0 + index
+
+    with service(tmp_path, FunctionGrader(grade), PATIENT, events) as running:
+        found = grade_all(running, [rollout(index) for index in range(4)])
+    assert [entry.reward for entry in found] == [1.0, 2.0, 3.0, 4.0]
+    assert asked == {0: 3, 1: 3, 2: 3, 3: 1}
+    assert events.told == WAITED
+    assert "3 of 4 completions could not be graded (grader_invalid_score: 3)" in events.messages[0]
+    with service(tmp_path, FunctionGrader(failing)) as running:
+        assert [entry.reward for entry in grade_all(running, [rollout(index) for index in range(4)])] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_grader_that_is_away_is_waited_for_and_the_step_goes_on(tmp_path: Path) -> None:
+    events = Events()
+
+    def grade(request: GradeRequest) -> Grade | float:
+        return 0.5 if events.told else failing(request)
+
+    with service(tmp_path, FunctionGrader(grade), PATIENT, events) as running:
+        found = grade_all(running, [rollout(index) for index in range(3)])
+    assert [entry.reward for entry in found] == [0.5, 0.5, 0.5]
+    assert events.told == WAITED
+    assert "grader_timeout" in events.messages[0]
+    assert "topsecret99" not in events.messages[0]
+
+
+def test_one_call_that_finds_the_grader_away_waits_too_however_few_it_is(tmp_path: Path) -> None:
+    """Else the last completion of a step would be lost to an outage, which no other run knows of."""
+    events = Events()
+
+    def grade(request: GradeRequest) -> Grade | float:
+        is_away = not events.told and len(grader.requests) > 9
+        return failing(request) if is_away else 0.5
+
+    grader = FunctionGrader(grade)
+    with service(tmp_path, grader, PATIENT, events) as running:
+        found = grade_all(running, [rollout(index) for index in range(10)])
+    assert [entry.reward for entry in found] == [0.5] * 10
+    assert events.told == WAITED
+
+
+def test_when_patience_is_over_what_was_graded_stands_in_the_journal(tmp_path: Path) -> None:
+    job = JOB.model_copy(update={"grader_patience_seconds": 0.3})
+    events = Events()
+
+    def grade(request: GradeRequest) -> Grade | float:
+        return 0.5 if len(grader.requests) <= 2 else failing(request)
+
+    grader = FunctionGrader(grade)
+    rollouts = [rollout(index) for index in range(5)]
+    with service(tmp_path, grader, job, events) as running, pytest.raises(GraderUnavailable, match="does not answer"):
+        grade_all(running, rollouts)
+    assert events.told == WAITED[:1]
+    assert [line["reward"] for line in journal_lines(tmp_path)] == [0.5, 0.5]
+    again = FunctionGrader(lambda request: 0.75)
+    with service(tmp_path, again) as running:
+        assert sorted(entry.reward or 0 for entry in grade_all(running, rollouts)) == [0.5, 0.5, 0.75, 0.75, 0.75]
 
 
 class HangingGrader:

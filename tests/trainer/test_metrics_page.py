@@ -20,6 +20,7 @@ ABSENT: dict[str, Callable[[Options], bool]] = {
     "never": lambda options: False,
     "no completion was graded": lambda options: False,
     "no sub-scores": lambda options: False,
+    "no such failure": lambda options: True,
     "nothing counted": lambda options: False,
     "nothing counted, or value warm-up": lambda options: False,
     "no evaluation": lambda options: False,
