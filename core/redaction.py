@@ -25,13 +25,13 @@ class Redactor:
 
 
 def secret_values(secrets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Every secret in {secret_ref: {"headers": {...}, "signing_secret": str | None}}, a signing secret also without its prefix."""
+    """Every secret in {secret_ref: {"headers", "signing_secret", "previous_signing_secret"}}, signing secrets also without their prefix."""
     values: list[str] = []
     for entry in secrets.values():
         values += (entry.get("headers") or {}).values()
-        signing_secret = entry.get("signing_secret")
-        if signing_secret:
-            values += [signing_secret, signing_secret.removeprefix("whsec_")]
+        for name in ("signing_secret", "previous_signing_secret"):
+            if signing_secret := entry.get(name):
+                values += [signing_secret, signing_secret.removeprefix("whsec_")]
     return values
 
 
