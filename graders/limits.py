@@ -137,6 +137,7 @@ class SharedLimiter:
         self._pacing: deque[_Waiter] = deque()
         """For one more start within a place."""
         self._changed = asyncio.Event()
+        self._is_closing = False
         self._away_since: float | None = None
         self._client = _client(limits.broker_url)
         self._script = self._client.register_script(SCRIPT)
@@ -166,10 +167,11 @@ class SharedLimiter:
                 self._pacing.remove(waiter)
 
     async def close(self) -> None:
+        """Gives back what is still held."""
+        self._is_closing = True
+        self._changed.set()
         if self._talk is not None:
-            self._talk.cancel()
-            await asyncio.gather(self._talk, return_exceptions=True)
-            self._held = 0
+            await self._talk
             with suppress(RedisError, OSError):
                 await self._tell(leaves=True)
         await self._client.aclose()
@@ -184,7 +186,7 @@ class SharedLimiter:
         return waiter
 
     async def _keep_telling(self) -> None:
-        while True:
+        while not self._is_closing:
             self._changed.clear()
             try:
                 await self._tell()
@@ -195,7 +197,7 @@ class SharedLimiter:
             self._away_since = None
             pause = POLL_SECONDS if self._waiting or self._pacing else self._limits.renew_seconds if self._held else None
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(0 if self._is_closing else pause):
                     await self._changed.wait()
 
     async def _tell(self, leaves: bool = False) -> None:
