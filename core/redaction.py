@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 MASK = "**********"
 MIN_SECRET_CHARACTERS = 4
@@ -33,6 +33,12 @@ def secret_values(secrets: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if signing_secret := entry.get(name):
                 values += [signing_secret, signing_secret.removeprefix("whsec_")]
     return values
+
+
+def url_secrets(url: str) -> list[str]:
+    """The password in `url`, as it stands there and as it is meant."""
+    password = urlsplit(url).password
+    return [] if password is None else [password, unquote(password)]
 
 
 def _forms(secret: str) -> list[str]:

@@ -142,7 +142,9 @@ def _folder(prefix: str, owner: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def _process(command: Sequence[str | Path], folder: Path, stop: signal.Signals, check: Callable[[], None]) -> Iterator["subprocess.Popen[bytes]"]:
+def _process(
+    command: Sequence[str | Path], folder: Path, stop: signal.Signals, check: Callable[[], None]
+) -> Iterator["subprocess.Popen[bytes]"]:
     log = folder / "log"
     with open(log, "wb") as output:
         process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, cwd=folder)
