@@ -171,7 +171,7 @@ class SharedLimiter:
         self._is_closing = True
         self._changed.set()
         if self._talk is not None:
-            await self._talk
+            await asyncio.wait({self._talk})
             with suppress(RedisError, OSError):
                 await self._tell(leaves=True)
         await self._client.aclose()
@@ -194,6 +194,8 @@ class SharedLimiter:
                 self._refuse_long_waits(error)
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError  # Python 3.11's wait_for, which the client uses, may swallow a cancellation
             self._away_since = None
             pause = POLL_SECONDS if self._waiting or self._pacing else self._limits.renew_seconds if self._held else None
             with suppress(TimeoutError):
