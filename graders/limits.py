@@ -188,19 +188,25 @@ class SharedLimiter:
     async def _keep_telling(self) -> None:
         while not self._is_closing:
             self._changed.clear()
-            try:
-                await self._tell()
-            except (RedisError, OSError) as error:
-                self._refuse_long_waits(error)
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
+            is_told = await self._try_to_tell()
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 raise asyncio.CancelledError  # Python 3.11's wait_for, which the client uses, may swallow a cancellation
-            self._away_since = None
+            if not is_told:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             pause = POLL_SECONDS if self._waiting or self._pacing else self._limits.renew_seconds if self._held else None
             with suppress(TimeoutError):
                 async with asyncio.timeout(0 if self._is_closing else pause):
                     await self._changed.wait()
+
+    async def _try_to_tell(self) -> bool:
+        try:
+            await self._tell()
+        except (RedisError, OSError) as error:
+            self._refuse_long_waits(error)
+            return False
+        self._away_since = None
+        return True
 
     async def _tell(self, leaves: bool = False) -> None:
         """One exchange with the broker; hands out what it grants."""
