@@ -29,12 +29,14 @@ from core.grader_specs import (
     SingleGrader,
 )
 from core.run_directory import REWARD_MODELS
+from core.settings import Settings
 from database.base_models import get_model
 from database.graders import MASK, pin_grader, read_secrets
 from database.secrets import Secrets
 from graders.build import build_grader
 from graders.check import check_programs, endpoints_of
-from graders.grade import Grade, GradeRequest
+from graders.grade import Grade, GradeFailure, Grader, GradeRequest, failed
+from graders.limits import MakeLimiter, SharedLimits
 from graders.python_sandbox import SandboxLimits
 from outbound.safe_http import NetworkPolicy
 
@@ -42,6 +44,11 @@ INLINE = "inline"
 CHECK_LIMITS = SandboxLimits(seconds=2.0, num_processes=1)
 RUN_TIMEOUT_SECONDS = 60.0
 """`graders/run` asks an endpoint or judge once, and not longer than this, whatever the grader says."""
+
+RUN_SECONDS = 120.0
+"""For one run in all, with its wait for a place that jobs hold."""
+
+RUN_AWAY_SECONDS = 10.0
 
 Secret = dict[str, Any]
 
@@ -125,18 +132,27 @@ def secrets_of(session: Session, secrets: Secrets, pinned: Pinned) -> dict[str, 
     return {**pinned.inline_secrets, **{reference: read_secrets(session, secrets, reference) for reference in registered}}
 
 
-def run_once(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader) -> Grade:
+def run_limits(settings: Settings, project_id: str) -> SharedLimits:
+    """Under which `graders/run` calls services: those of the project's jobs, all runs together taking turns with each of these."""
+    return SharedLimits(settings.effective_broker_url(), project_id, owner="runs", away_seconds=RUN_AWAY_SECONDS)
+
+
+def run_once(
+    spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader, make_limiter: MakeLimiter
+) -> Grade:
     """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else. Raises: InvalidRequest."""
     members = spec.graders.values() if isinstance(spec, PinnedMultiGrader) else [spec]
     if any(isinstance(member, PinnedRewardModelGrader) for member in members):
         raise InvalidRequest("A 'reward_model' runs only on a worker, inside a job; it cannot be tried here.", param="grader.type")
-    return asyncio.run(_grade(_for_one_try(spec), secrets, network, _grade_request(request)))
+    return asyncio.run(_grade(build_grader(_for_one_try(spec), secrets, network, make_limiter), _grade_request(request)))
 
 
-async def _grade(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: GradeRequest) -> Grade:
-    grader = build_grader(spec, secrets, network)
+async def _grade(grader: Grader, request: GradeRequest) -> Grade:
     try:
-        return await grader.grade(request)
+        async with asyncio.timeout(RUN_SECONDS):
+            return await grader.grade(request)
+    except TimeoutError:
+        return failed(GradeFailure.TIMEOUT, f"No grade within {RUN_SECONDS:g} seconds; jobs may hold all places at the grader.", attempts=0)
     finally:
         await grader.close()
 

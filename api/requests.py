@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 from core.grader_specs import EndpointOptions, GraderSpec, Name
 from core.specs import JobRequest, Method, ReinforcementMethod
@@ -29,6 +29,12 @@ class UpdateGrader(EndpointOptions):
     name: Name | None = None
     url: Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://")] | None = None  # type: ignore[assignment]
     headers: Headers | None = None
+
+    @field_validator("batch_size")
+    @classmethod
+    def _needs_batches(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """Whether it fits says the format of the new version, which may not be given here."""
+        return value
 
 
 class FolderSource(_Strict):

@@ -173,6 +173,8 @@ class Grader(BaseModel):
     version: int
     url: str
     format: str
+    batch_size: int | None = None
+    hedge: bool = False
     headers: dict[str, str]
     """Every value is shown as "**********"."""
     timeout_seconds: float
@@ -187,6 +189,13 @@ class NewGrader(Grader):
     """The only answer that shows the signing secret."""
 
     signing_secret: str = Field(examples=["whsec_..."])
+
+
+class RotatedGrader(NewGrader):
+    """The only answer that shows the new signing secret."""
+
+    previous_secret_expires_at: int
+    """Until then every request carries two signatures, the second by the secret before. Unix seconds."""
 
 
 class Model(BaseModel):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from core.judge_specs import JudgeMessage, SamplingParams
 
@@ -101,9 +101,20 @@ class EndpointOptions(CallOptions):
     """How an HTTP grader is called; the same fields inline in a job and in a registered grader."""
 
     url: Annotated[str, Field(min_length=8, max_length=2048, pattern=r"^https?://")]
-    format: Literal["single"] = "single"
+    format: Literal["single", "batch", "openrlhf"] = "single"
+    batch_size: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Most completions in one call of the formats `batch` and `openrlhf`. None: 16."""
+    hedge: bool = False
+    """A call that is slower than 95 % of those before is sent a second time; the first valid answer counts."""
     reward_range: Bounds | None = None
     """A score outside is an error, not clipped."""
+
+    @field_validator("batch_size")
+    @classmethod
+    def _needs_batches(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("format") == "single":
+            raise ValueError("'batch_size' needs 'format' to be 'batch' or 'openrlhf'")
+        return value
 
     @property
     def best_reward(self) -> float:

@@ -5,7 +5,7 @@ import re
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Iterable, Mapping
 from typing import Any
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 MASK = "**********"
 MIN_SECRET_CHARACTERS = 4
@@ -29,14 +29,20 @@ class Redactor:
 
 
 def secret_values(secrets: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Every secret in {secret_ref: {"headers": {...}, "signing_secret": str | None}}, a signing secret also without its prefix."""
+    """Every secret in {secret_ref: {"headers", "signing_secret", "previous_signing_secret"}}, signing secrets also without their prefix."""
     values: list[str] = []
     for entry in secrets.values():
         values += (entry.get("headers") or {}).values()
-        signing_secret = entry.get("signing_secret")
-        if signing_secret:
-            values += [signing_secret, signing_secret.removeprefix("whsec_")]
+        for name in ("signing_secret", "previous_signing_secret"):
+            if signing_secret := entry.get(name):
+                values += [signing_secret, signing_secret.removeprefix("whsec_")]
     return values
+
+
+def url_secrets(url: str) -> list[str]:
+    """The password in `url`, as it stands there and as it is meant."""
+    password = urlsplit(url).password
+    return [] if password is None else [password, unquote(password)]
 
 
 def _forms(secret: str) -> list[str]:

@@ -89,10 +89,11 @@ def parse_grader(raw: Any, param: str = "grader") -> GraderSpec:
     kind = raw.get("type")
     if kind == "endpoint":
         model: Any = RegisteredEndpointGrader if "grader_id" in raw else InlineEndpointGrader
-    elif kind in _KINDS:
+    elif isinstance(kind, str) and kind in _KINDS:
         model = _KINDS[kind]
     else:
-        raise InvalidRequest(f"'{param}.type' is {kind!r}; this server has {', '.join(GRADER_TYPES)}.", param=f"{param}.type")
+        came = repr(kind) if kind is None or isinstance(kind, str) else f"a {type(kind).__name__}"
+        raise InvalidRequest(f"'{param}.type' is {came}; this server has {', '.join(GRADER_TYPES)}.", param=f"{param}.type")
     if kind == "multi":
         raw = {**raw, "graders": _parse_members(raw.get("graders"), param)}
     try:

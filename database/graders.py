@@ -5,6 +5,7 @@ Headers and signing secret are encrypted; `grader_view` shows only that a header
 
 import base64
 import secrets as random_secrets
+import time
 from typing import Any
 
 from sqlalchemy import select, update
@@ -18,6 +19,8 @@ from database.secrets import Secrets
 from database.sql import clock, fetch_page, insert_row, new_id, update_row
 
 MASK = "**********"
+ROTATION_SECONDS = 24 * 3600.0
+"""How long the old signing secret still signs beside the new one."""
 
 
 def create_grader(
@@ -51,6 +54,24 @@ def add_grader_version(
     return grader, _insert_version(session, secrets, grader, options, stored)
 
 
+def rotate_signing_secret(session: Session, secrets: Secrets, project_id: str, grader_id: str) -> tuple[Grader, GraderVersion, str, float]:
+    """The grader, its newest version, its new signing secret and when the one before ceases to sign beside it (unix seconds).
+
+    Holds for all versions, so that a job which pinned an old one signs with the new secret from its next start on.
+    Of three secrets only the two newest sign. Raises: NotFound.
+    """
+    locked = update(Grader).where(*_owned(project_id, grader_id)).values(version=Grader.version)
+    grader = update_row(session, locked, Grader)
+    if grader is None:
+        raise _not_found(grader_id)
+    new, expires_at = new_signing_secret(), time.time() + ROTATION_SECONDS
+    for version in session.scalars(select(GraderVersion).where(GraderVersion.grader_id == grader.id)):
+        stored = secrets.decrypt(version.secrets)
+        changed = {"signing_secret": new, "previous_signing_secret": stored["signing_secret"], "previous_expires_at": expires_at}
+        version.secrets = secrets.encrypt({**stored, **changed})
+    return grader, _version(session, grader.id, grader.version), new, expires_at
+
+
 def get_grader(session: Session, project_id: str, grader_id: str) -> tuple[Grader, GraderVersion]:
     """The grader and its newest version. Raises: NotFound."""
     grader = session.execute(select(Grader).where(*_owned(project_id, grader_id))).scalar_one_or_none()
@@ -81,7 +102,8 @@ def pin_grader(session: Session, project_id: str, grader_id: str) -> PinnedEndpo
 
 
 def read_secrets(session: Session, secrets: Secrets, secret_ref: str) -> dict[str, Any]:
-    """{"headers": ..., "signing_secret": ...} of the version that `secret_ref` ("grader_x@3") names, deleted or not.
+    """{"headers", "signing_secret"} of the version that `secret_ref` ("grader_x@3") names, deleted or not; after a rotation also
+    {"previous_signing_secret", "previous_expires_at"}.
 
     Serves the holder of a job, which got the reference from a row of its own project. Raises: NotFound.
     """

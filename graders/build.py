@@ -18,15 +18,19 @@ from core.grader_specs import (
 from graders import python_sandbox, string_check, text_similarity
 from graders.endpoint import EndpointGrader
 from graders.grade import Grader
+from graders.limits import MakeLimiter, local_limiter
 from graders.model_judge import ModelJudge, label_scale, number_scale
 from graders.multi import MultiGrader
 from outbound.safe_http import NetworkPolicy
 
 
-def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], network: NetworkPolicy) -> Grader:
+def build_grader(
+    spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], network: NetworkPolicy, make_limiter: MakeLimiter = local_limiter
+) -> Grader:
     """A grader for one event loop: `grade` and `close` are called from the loop that used it first.
 
-    `secrets` is {secret_ref: {"headers": {...}, "signing_secret": str | None}}. Raises: GraderError, InvalidRequest.
+    `secrets` is {secret_ref: {"headers": {...}, "signing_secret": str | None, ...}}; `make_limiter` says over which processes the
+    limits of services hold. Raises: GraderError, InvalidRequest.
     """
     match spec:
         case StringCheckGrader():
@@ -36,20 +40,18 @@ def build_grader(spec: PinnedGraderSpec, secrets: dict[str, dict[str, Any]], net
         case PythonGrader():
             return python_sandbox.PythonGrader(spec.source, interpreter=spec.interpreter)
         case PinnedEndpointGrader():
-            secret = _secret(spec.secret_ref, secrets)
-            signing_secret = secret.get("signing_secret")
-            return EndpointGrader(spec, headers=secret.get("headers") or {}, signing_secret=signing_secret, network=network)
+            return EndpointGrader(spec, _secret(spec.secret_ref, secrets), network=network, make_limiter=make_limiter)
         case PinnedScoreModelGrader():
             headers = _secret(spec.secret_ref, secrets).get("headers") or {}
-            return ModelJudge(spec, number_scale(spec), headers=headers, network=network)
+            return ModelJudge(spec, number_scale(spec), headers=headers, network=network, make_limiter=make_limiter)
         case PinnedLabelModelGrader():
             headers = _secret(spec.secret_ref, secrets).get("headers") or {}
-            return ModelJudge(spec, label_scale(spec), headers=headers, network=network)
+            return ModelJudge(spec, label_scale(spec), headers=headers, network=network, make_limiter=make_limiter)
         case PinnedRewardModelGrader():
             grader: Grader = import_module("graders.reward_model").load_reward_model(spec)  # the only one that needs torch
             return grader
         case PinnedMultiGrader():
-            members = {name: build_grader(member, secrets, network) for name, member in spec.graders.items()}
+            members = {name: build_grader(member, secrets, network, make_limiter) for name, member in spec.graders.items()}
             return MultiGrader(members, spec.calculate_output)
 
 

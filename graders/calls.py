@@ -9,8 +9,11 @@ import random
 import re
 import secrets
 import ssl
+import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,10 +23,12 @@ import httpx
 from core.grader_specs import CallOptions
 from core.redaction import Redactor
 from graders.grade import Grade, GradeFailure, failed, shorten
-from graders.limits import Pacer
+from graders.limits import LimitsUnavailable, MakeLimiter, local_limiter
 from outbound.safe_http import AddressRefused, Answer, NetworkPolicy, ResponseTooLarge, check_url, make_client, send
 
 RETRIED_STATUSES = frozenset({408, 425, 429, *range(500, 600)})
+HEDGE_WINDOW = 200
+HEDGE_SAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,34 @@ class Request:
 
     body: bytes
     make_headers: Callable[[], dict[str, str]]
-    read: Callable[[bytes], Grade]
-    """The grade in the body of an answer with a status of 2xx."""
+    read: Callable[[bytes], list[Grade]]
+    """The grades in the body of an answer with a status of 2xx."""
+
+    num_grades: int = 1
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How one attempt ended."""
 
-    grade: Grade
+    grades: list[Grade]
+    """Of each completion that was asked about; the failure of the whole call is the failure of each."""
+
     is_final: bool = True
     retry_after: float = 0.0
     status: int | None = None
     """Of the answer; None where there was none."""
+
+    @property
+    def grade(self) -> Grade:
+        """Of the only completion."""
+        (grade,) = self.grades
+        return grade
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the call brought no grade at all."""
+        return all(grade.error is not None for grade in self.grades)
 
 
 class Service:
@@ -73,7 +93,9 @@ class Service:
         redactor: Redactor,
         network: NetworkPolicy,
         *,
+        hedge: bool = False,
         retry: RetryPolicy | None = None,
+        make_limiter: MakeLimiter = local_limiter,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         check_url(url, network)
@@ -81,8 +103,8 @@ class Service:
         self._options = options
         self._redactor = redactor
         self._retry = retry or RetryPolicy()
-        self._places = asyncio.Semaphore(options.max_concurrency)
-        self._pacer = Pacer(options.rate_limit)
+        self._hedge = Hedge() if hedge else None
+        self._limiter = make_limiter(url, options)
         self._client = make_client(
             network, timeout_seconds=options.timeout_seconds, max_connections=options.max_concurrency, ssl_context=ssl_context
         )
@@ -91,33 +113,57 @@ class Service:
     def deadline_seconds(self) -> float:
         return self._retry.deadline_seconds or 2 * self._options.timeout_seconds + 60
 
+    def place(self) -> AbstractAsyncContextManager[None]:
+        """Waits for a place among the calls that may be open. Raises: LimitsUnavailable."""
+        return self._limiter.place()
+
     async def ask(self, request: Request, deadline_seconds: float | None = None) -> Verdict:
-        """The last attempt's verdict, its grade with the number of attempts and the time from the first of them."""
-        async with self._places:
-            await self._pacer.wait()
-            return await self._ask_with_retries(request, self.deadline_seconds if deadline_seconds is None else deadline_seconds)
+        """The last attempt's verdict, its grades with the number of attempts and the time from the first of them."""
+        try:
+            async with self.place():
+                return await self.ask_in_place(request, deadline_seconds)
+        except LimitsUnavailable as error:
+            return Verdict([failed(GradeFailure.LIMITS_UNAVAILABLE, error.message, attempts=0)] * request.num_grades)
 
-    async def close(self) -> None:
-        await self._client.aclose()
-
-    async def _ask_with_retries(self, request: Request, deadline_seconds: float) -> Verdict:
+    async def ask_in_place(self, request: Request, deadline_seconds: float | None = None) -> Verdict:
+        """As `ask`, for a caller that holds a place."""
         started = time.monotonic()
-        deadline = started + deadline_seconds
-        attempt = 1
+        deadline = started + (self.deadline_seconds if deadline_seconds is None else deadline_seconds)
+        attempts = 0
         while True:
-            verdict = await self._attempt(request, min(self._options.timeout_seconds, deadline - time.monotonic()))
-            grade = replace(verdict.grade, attempts=attempt, latency_seconds=time.monotonic() - started)
-            verdict = replace(verdict, grade=grade)
-            wait = self._retry.wait_seconds(attempt, verdict.retry_after)
-            if verdict.is_final or attempt >= self._options.max_attempts or time.monotonic() + wait >= deadline:
+            may_hedge = attempts + 2 <= self._options.max_attempts
+            verdict, num_sent = await self._attempt(request, min(self._options.timeout_seconds, deadline - time.monotonic()), may_hedge)
+            attempts += num_sent
+            seconds = time.monotonic() - started
+            verdict = replace(verdict, grades=[replace(grade, attempts=attempts, latency_seconds=seconds) for grade in verdict.grades])
+            wait = self._retry.wait_seconds(attempts, verdict.retry_after)
+            if verdict.is_final or attempts >= self._options.max_attempts or time.monotonic() + wait >= deadline:
                 return verdict
             await asyncio.sleep(wait)
-            await self._pacer.wait()
-            if time.monotonic() >= deadline:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._limiter.pace()
+            except (TimeoutError, LimitsUnavailable):
                 return verdict
-            attempt += 1
 
-    async def _attempt(self, request: Request, timeout_seconds: float) -> Verdict:
+    async def close(self) -> None:
+        await self._limiter.close()
+        await self._client.aclose()
+
+    async def _attempt(self, request: Request, timeout_seconds: float, may_hedge: bool) -> tuple[Verdict, int]:
+        """The verdict and how many calls were sent for it."""
+
+        async def send_one() -> Verdict:
+            return await self._send(request, timeout_seconds)
+
+        if self._hedge is None or not may_hedge:
+            return await send_one(), 1
+        return await self._hedge.ask(send_one, self.place)
+
+    async def _send(self, request: Request, timeout_seconds: float) -> Verdict:
+        def lost(failure: GradeFailure, message: str, *, is_final: bool = True) -> Verdict:
+            return Verdict([failed(failure, message)] * request.num_grades, is_final)
+
         try:
             answer = await send(
                 self._client,
@@ -128,15 +174,15 @@ class Service:
                 deadline_seconds=timeout_seconds,
             )
         except (TimeoutError, httpx.TimeoutException):
-            return Verdict(failed(GradeFailure.TIMEOUT, f"No answer within {timeout_seconds:.3g} seconds."), is_final=False)
+            return lost(GradeFailure.TIMEOUT, f"No answer within {timeout_seconds:.3g} seconds.", is_final=False)
         except AddressRefused as error:
-            return Verdict(failed(GradeFailure.ADDRESS_REFUSED, error.message))
+            return lost(GradeFailure.ADDRESS_REFUSED, error.message)
         except ResponseTooLarge as error:
-            return Verdict(failed(GradeFailure.RESPONSE_TOO_LARGE, error.message))
+            return lost(GradeFailure.RESPONSE_TOO_LARGE, error.message)
         except httpx.HTTPError as error:
             # Before the connection stands no header has been written; later texts may quote one.
             detail = f" ({error})" if isinstance(error, httpx.ConnectError) else ""
-            return Verdict(failed(GradeFailure.CONNECTION, f"The call failed: {type(error).__name__}{detail}."), is_final=False)
+            return lost(GradeFailure.CONNECTION, f"The call failed: {type(error).__name__}{detail}.", is_final=False)
         return self._judge(answer, request)
 
     def _judge(self, answer: Answer, request: Request) -> Verdict:
@@ -146,7 +192,63 @@ class Service:
         note = "; redirects are not followed" if 300 <= answer.status < 400 else ""
         is_final = answer.status not in RETRIED_STATUSES
         grade = replace(failed(GradeFailure.HTTP, f"HTTP {answer.status}{note}: {excerpt!r}"), was_refused=is_final)
-        return Verdict(grade, is_final, _retry_after(answer.headers.get("retry-after")), answer.status)
+        return Verdict([grade] * request.num_grades, is_final, _retry_after(answer.headers.get("retry-after")), answer.status)
+
+
+class Hedge:
+    """Sends a call that is slower than nearly all before it a second time. The first valid answer counts, and nothing else does."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=HEDGE_WINDOW)
+        """Of the newest calls with a valid answer."""
+
+    async def ask(
+        self, send_one: Callable[[], Awaitable[Verdict]], place: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> tuple[Verdict, int]:
+        """The verdict and how many calls were sent for it; the caller holds a place, the second call takes one of its own."""
+        num_sent = 1
+
+        async def timed() -> Verdict:
+            started = time.monotonic()
+            verdict = await send_one()
+            if not verdict.has_failed:
+                self._seconds.append(time.monotonic() - started)
+            return verdict
+
+        async def second() -> Verdict:
+            nonlocal num_sent
+            async with place():
+                num_sent += 1
+                return await timed()
+
+        calls = [asyncio.create_task(timed())]
+        try:
+            await asyncio.wait(calls, timeout=self._delay())
+            if not calls[0].done():
+                calls.append(asyncio.create_task(second()))
+            return await _first_valid(calls, lambda: num_sent), num_sent
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def _delay(self) -> float | None:
+        """The 95th percentile of the calls before; None, which is for ever, until there are enough of them."""
+        if len(self._seconds) < HEDGE_SAMPLES:
+            return None
+        return statistics.quantiles(self._seconds, n=20)[-1]
+
+
+async def _first_valid(calls: list["asyncio.Task[Verdict]"], num_sent: Callable[[], int]) -> Verdict:
+    """The first verdict that brings a grade; where no call that was sent brings one, the last of theirs."""
+    open_calls = set(calls)
+    verdicts: list[Verdict] = []
+    while len(verdicts) < num_sent():
+        done, open_calls = await asyncio.wait(open_calls, return_when=asyncio.FIRST_COMPLETED)
+        verdicts += [call.result() for call in done if not isinstance(call.exception(), LimitsUnavailable)]
+        if valid := [verdict for verdict in verdicts if not verdict.has_failed]:
+            return valid[0]
+    return verdicts[-1]
 
 
 def common_headers(message_id: str) -> dict[str, str]:

@@ -23,6 +23,11 @@ class GradeFailure(StrEnum):
     INVALID_JSON = "grader_invalid_json"
     INVALID_SCORE = "grader_invalid_score"
     OUT_OF_RANGE = "grader_score_out_of_range"
+    WRONG_COUNT = "grader_wrong_count"
+    DUPLICATE_ID = "grader_duplicate_id"
+    UNKNOWN_ID = "grader_unknown_id"
+    MISSING_ID = "grader_missing_id"
+    LIMITS_UNAVAILABLE = "grader_limits_unavailable"
     INVALID_VARIABLE = "invalid_variable_error"
     FORMULA_PARSE = "formula_parse_error"
     FORMULA_VALUE = "formula_value_error"
@@ -35,7 +40,9 @@ class GradeFailure(StrEnum):
     MODEL_PARSE = "model_grader_parse_error"
 
 
-OUTAGES = frozenset({GradeFailure.TIMEOUT, GradeFailure.CONNECTION, GradeFailure.HTTP, GradeFailure.PYTHON_SERVER})
+OUTAGES = frozenset(
+    {GradeFailure.TIMEOUT, GradeFailure.CONNECTION, GradeFailure.HTTP, GradeFailure.LIMITS_UNAVAILABLE, GradeFailure.PYTHON_SERVER}
+)
 """Failures of the grader's surroundings, which waiting may heal; the others will come again with the same completion."""
 
 

@@ -16,6 +16,7 @@ from core.redaction import Redactor, secret_values
 from graders.calls import Request, RetryPolicy, Service, common_headers, message_id
 from graders.grade import MAX_EXPLANATION_CHARACTERS, Grade, GradeFailure, GradeRequest, failed, shorten
 from graders.judge_reply import Completion, find_result, parse_completion
+from graders.limits import MakeLimiter, local_limiter
 from graders.reply import finite_number
 from graders.template import InvalidVariable, render, ungradable
 from outbound.safe_http import NetworkPolicy
@@ -74,6 +75,7 @@ class ModelJudge:
         headers: Mapping[str, str],
         network: NetworkPolicy,
         retry: RetryPolicy | None = None,
+        make_limiter: MakeLimiter = local_limiter,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._spec = spec
@@ -81,7 +83,7 @@ class ModelJudge:
         self._headers = dict(headers)
         self._redactor = Redactor(secret_values({"judge": {"headers": headers}}))
         url = spec.base_url.rstrip("/") + "/chat/completions"
-        self._service = Service(url, spec, self._redactor, network, retry=retry, ssl_context=ssl_context)
+        self._service = Service(url, spec, self._redactor, network, retry=retry, make_limiter=make_limiter, ssl_context=ssl_context)
         self._takes_schema = True
 
     async def grade(self, request: GradeRequest) -> Grade:
@@ -121,13 +123,13 @@ class ModelJudge:
     def _request(self, name: str, body: dict[str, Any]) -> Request:
         return Request(json.dumps(body).encode(), lambda: {**self._headers, **common_headers(name)}, self._read)
 
-    def _read(self, body: bytes) -> Grade:
+    def _read(self, body: bytes) -> list[Grade]:
         try:
             completion = parse_completion(body)
         except InvalidGrade as error:
-            return failed(GradeFailure.INVALID_JSON, error.message)
+            return [failed(GradeFailure.INVALID_JSON, error.message)]
         usage = {self._spec.model: completion.token_usage} if completion.token_usage else {}
-        return replace(self._verdict(completion), token_usage=usage)
+        return [replace(self._verdict(completion), token_usage=usage)]
 
     def _verdict(self, completion: Completion) -> Grade:
         if completion.refusal is not None:

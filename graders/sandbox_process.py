@@ -136,7 +136,8 @@ def main() -> None:
 def _watch(child: int, control: socket.socket) -> int:
     """The status with which `child` ends. Where our own parent ends before, both of us end at once."""
     descriptor = os.pidfd_open(child)
-    ready, _, _ = select.select([descriptor, control], [], [])
+    watched: list[int | socket.socket] = [descriptor, control]
+    ready, _, _ = select.select(watched, [], [])
     if descriptor not in ready:
         os.killpg(0, signal.SIGKILL)
     os.close(descriptor)

@@ -104,9 +104,9 @@ def _templates(spec: GraderSpec | PinnedGraderSpec, param: str) -> list[tuple[st
         return [(f"{param}.input", spec.input), (f"{param}.reference", spec.reference)]
     if isinstance(spec, JudgeOptions):
         return [(f"{param}.input.{number}.content", text) for number, message in enumerate(spec.input) for text in _texts(message)]
-    if isinstance(spec, RewardModelGrader) and isinstance(spec.input, str):
-        return [(f"{param}.input", spec.input)]
     if isinstance(spec, RewardModelGrader):
+        if isinstance(spec.input, str):
+            return [(f"{param}.input", spec.input)]
         return [(f"{param}.input.{number}.content", message.content) for number, message in enumerate(spec.input)]
     return []
 

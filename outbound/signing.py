@@ -23,10 +23,14 @@ def generate_secret() -> str:
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers that prove that `body` was sent at `timestamp` (unix seconds) by a holder of `secret`."""
-    signature = base64.b64encode(_digest(secret, message_id, str(timestamp), body)).decode()
-    return {ID_HEADER: message_id, TIMESTAMP_HEADER: str(timestamp), SIGNATURE_HEADER: f"v1,{signature}"}
+def sign(secret: str, message_id: str, timestamp: int, body: bytes, previous: str | None = None) -> dict[str, str]:
+    """The three headers that prove that `body` was sent at `timestamp` (unix seconds) by a holder of `secret`.
+
+    With `previous` a second signature by it follows the first, for receivers that do not have the new secret yet.
+    """
+    keys = [secret] if previous is None else [secret, previous]
+    signatures = [base64.b64encode(_digest(key, message_id, str(timestamp), body)).decode() for key in keys]
+    return {ID_HEADER: message_id, TIMESTAMP_HEADER: str(timestamp), SIGNATURE_HEADER: " ".join(f"v1,{text}" for text in signatures)}
 
 
 def verify(secret: str, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> None:

@@ -11,9 +11,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import psycopg
 import pytest
@@ -51,6 +51,40 @@ def start_redis() -> Iterator[str]:
         settings = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
         with _process([*_as_user(None), binary, *settings], folder, signal.SIGTERM, lambda: _ping(port)):
             yield f"redis://127.0.0.1:{port}/0"
+
+
+class RestartableRedis:
+    """A Redis that keeps nothing, always on the same port: `kill` is SIGKILL, and `start` brings up an empty one."""
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self._running = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._port}/0"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def start(self) -> None:
+        binary = shutil.which("redis-server")
+        if binary is None:
+            missing("redis-server is not installed")
+        folder = self._running.enter_context(_folder("hone-redis-"))
+        settings = ["--port", str(self._port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
+        command = [*_as_user(None), binary, *settings]
+        self._process = self._running.enter_context(_process(command, folder, signal.SIGTERM, lambda: _ping(self._port)))
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
 
 
 @contextmanager
@@ -108,13 +142,15 @@ def _folder(prefix: str, owner: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def _process(command: Sequence[str | Path], folder: Path, stop: signal.Signals, check: Callable[[], None]) -> Iterator[None]:
+def _process(
+    command: Sequence[str | Path], folder: Path, stop: signal.Signals, check: Callable[[], None]
+) -> Iterator["subprocess.Popen[bytes]"]:
     log = folder / "log"
     with open(log, "wb") as output:
         process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, cwd=folder)
     try:
         _wait(process, check, log)
-        yield
+        yield process
     finally:
         process.send_signal(stop)
         try:

@@ -1,7 +1,7 @@
 """`python -m trainer RUN_DIRECTORY [--secrets-fd N]`: runs the job in the directory and writes outcome.json, last of all.
 
 Exit status: 0 whenever there is an outcome, 3 where another trainer holds the directory. Alone it needs no worker:
-it then reads secrets from nowhere and goes on from the directory's own newest resume point.
+it then reads secrets from nowhere, holds limits on calls by itself, and goes on from the directory's own newest resume point.
 """
 
 import argparse
@@ -12,15 +12,18 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from core.redaction import Redactor, secret_values
+from core.redaction import Redactor, secret_values, url_secrets
 from core.run_directory import CONTROL, LOCK, OUTCOME, SECRETS_FD, End, publish_json, read_outcome
+from graders.build import build_grader
+from graders.limits import SharedLimits, local_limiter
 from trainer.control import ControlReader, Pulse
 from trainer.loop import run_job
 from trainer.redaction import RedactingFormatter
-from trainer.session import Secrets
+from trainer.session import MakeGrader, Secrets
 
 PR_SET_PDEATHSIG = 1
 HELD_BY_ANOTHER = 3
@@ -33,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_directory", type=Path)
     parser.add_argument(SECRETS_FD, type=int, default=None, help="descriptor of a pipe that holds the job's secrets as JSON")
     given = parser.parse_args(arguments)
-    secrets = {} if given.secrets_fd is None else read_secrets(given.secrets_fd)
-    redactor = Redactor(secret_values(secrets))
+    handed = {} if given.secrets_fd is None else read_handed(given.secrets_fd)
+    secrets, limits = handed.get("secrets", {}), handed.get("limits")
+    redactor = Redactor([*secret_values(secrets), *(url_secrets(limits["broker_url"]) if limits else ())])
     set_up_log(redactor)
     directory: Path = given.run_directory.resolve()
     lock = hold(directory)
@@ -42,29 +46,30 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("another trainer holds %s", directory)
         return HELD_BY_ANOTHER
     with lock:
-        return 0 if has_ended(directory) else run(directory, secrets, redactor)
+        make_limiter = SharedLimits(**limits) if limits else local_limiter
+        return 0 if has_ended(directory) else run(directory, secrets, redactor, partial(build_grader, make_limiter=make_limiter))
 
 
-def run(directory: Path, secrets: Secrets, redactor: Redactor) -> int:
+def run(directory: Path, secrets: Secrets, redactor: Redactor, make_grader: MakeGrader) -> int:
     pulse = Pulse(directory)
     control = ControlReader(directory, pulse)
     control.install()
-    outcome = run_job(directory, secrets, control, pulse)
+    outcome = run_job(directory, secrets, control, pulse, make_grader)
     pulse.stop()
     publish_json(directory / OUTCOME, outcome.model_copy(update={"message": redactor.clean_optional(outcome.message)}))
     log.info("ended %s after step %d", outcome.end, outcome.step)
     return 0
 
 
-def read_secrets(descriptor: int) -> Secrets:
-    """Everything on the worker's pipe. From here on this process ends with the worker."""
+def read_handed(descriptor: int) -> dict[str, Any]:
+    """Everything on the worker's pipe: {"secrets", "limits"}. From here on this process ends with the worker."""
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the worker has ended")
     with open(descriptor, "rb") as pipe:
-        secrets: Secrets = json.loads(pipe.read())["secrets"]
-    return secrets
+        handed: dict[str, Any] = json.loads(pipe.read())
+    return handed
 
 
 def set_up_log(redactor: Redactor) -> None:

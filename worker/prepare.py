@@ -94,6 +94,12 @@ def _link_reward_models(holding: Holding) -> None:
             link.symlink_to(model_folder(holding, spec["model"], spec["digest"]))
 
 
+def call_limits(holding: Holding) -> dict[str, str]:
+    """What the trainer's calls to graders share with those of its project's other jobs. The URL may hold a password: for the pipe only."""
+    job = holding.claim.job
+    return {"broker_url": holding.worker.settings.effective_broker_url(), "scope": job.project_id, "owner": job.id}
+
+
 def _make_private(directory: Path) -> None:
     """A new directory that only we can enter. One that is there is of a claim that the database has forgotten."""
     if directory.exists():

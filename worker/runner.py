@@ -9,14 +9,14 @@ import time
 
 from core.errors import LeaseLost, PlatformError, StorageError
 from core.lifecycle import Status, is_terminal
-from core.redaction import Redactor, secret_values
+from core.redaction import Redactor, secret_values, url_secrets
 from core.run_directory import End, read_outcome
 from database.leases import Claim
 from database.models import Job
 from worker.conclude import Conclusion, judge, wind_down_reason, write_conclusion
 from worker.context import Holding, WindDown, Worker, WorkerFailed
 from worker.heartbeat import Heartbeat
-from worker.prepare import prepare
+from worker.prepare import call_limits, prepare
 from worker.publish import Publisher
 from worker.relay import InvalidOutput, Relay
 from worker.trainer_process import TrainerProcess, oom_kills, start, trainer_environment
@@ -67,10 +67,12 @@ def _train(holding: Holding) -> Conclusion:
         return Conclusion(wind_down_reason(holding))
     except OSError as error:
         raise StorageError(f"The run directory could not be filled: {error}") from error
-    redactor = Redactor(secret_values(prepared.secrets))
+    limits = call_limits(holding)
+    redactor = Redactor([*secret_values(prepared.secrets), *url_secrets(limits["broker_url"])])
     num_oom_kills = oom_kills()
     relay = Relay(holding, holding.directory, holding.attempt)
-    process = start(holding.worker.trainer_command, holding.directory, prepared.secrets, trainer_environment(holding.worker.num_threads))
+    environment = trainer_environment(holding.worker.num_threads)
+    process = start(holding.worker.trainer_command, holding.directory, prepared.secrets, environment, limits)
     with Publisher(holding, relay) as publisher:
         exit_code, was_killed = _look_after(holding, process, relay)
         holding.check_owned()

@@ -76,8 +76,17 @@ class TrainerProcess:
             return None
 
 
-def start(command: Sequence[str], run_directory: Path, secrets: Mapping[str, Any], environment: Mapping[str, str]) -> TrainerProcess:
-    """The trainer at work in `run_directory`; `secrets` reach it by an inherited pipe. Call it from the thread that waits for it."""
+def start(
+    command: Sequence[str],
+    run_directory: Path,
+    secrets: Mapping[str, Any],
+    environment: Mapping[str, str],
+    limits: Mapping[str, str] | None = None,
+) -> TrainerProcess:
+    """The trainer at work in `run_directory`. Call it from the thread that waits for it.
+
+    `secrets`, and the `limits` that its calls share with others' ({"broker_url", "scope", "owner"}), reach it by an inherited pipe.
+    """
     reading, writing = os.pipe()
     try:
         with open(run_directory / LOG, "ab") as log:
@@ -88,7 +97,7 @@ def start(command: Sequence[str], run_directory: Path, secrets: Mapping[str, Any
         raise
     finally:
         os.close(reading)
-    _hand_over(writing, json.dumps({"secrets": secrets}).encode())
+    _hand_over(writing, json.dumps({"secrets": secrets, "limits": limits}).encode())
     publish_text(run_directory / IDENTITY, json.dumps(identify(process.pid)))
     return process
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 
 from api.auth import Caller, GraderWriter
 from api.bodies import JsonBody, documents, parse_body
-from api.grading import check_sources, masked, pin, run_once, secrets_of
+from api.grading import check_sources, masked, pin, run_limits, run_once, secrets_of
 from api.requests import RunGrader, RunGraderBody, ValidateGrader, ValidateGraderBody
 from api.schemas import GraderRun, GraderValidation
 from api.services import Services, get_services
@@ -55,7 +55,8 @@ def _run(body: Any, caller: Caller, services: Services) -> GraderRun:
     with services.database.reading() as session:
         pinned = pin(session, caller.project_id, spec, "grader")
         secrets = secrets_of(session, services.secrets, pinned)
-    grade = run_once(pinned.spec, secrets, services.network, request)
+    limits = run_limits(services.settings, caller.project_id)
+    grade = run_once(pinned.spec, secrets, services.network, request, limits)
     return GraderRun.model_validate(run_result(grade, name=pinned.spec.name or spec.type, kind=spec.type))
 
 

@@ -8,12 +8,12 @@ from api.auth import GraderReader, GraderWriter
 from api.bodies import JsonBody, documents, parse_body
 from api.pagination import After, Limit, ListPage, list_page
 from api.requests import CreateGrader, UpdateGrader
-from api.schemas import Deleted, Grader, NewGrader
+from api.schemas import Deleted, Grader, NewGrader, RotatedGrader
 from api.services import Services, get_services
 from api.views import grader_view
 from core.errors import Conflict
 from core.grader_specs import EndpointOptions
-from database.graders import add_grader_version, create_grader, delete_grader, get_grader, list_graders
+from database.graders import add_grader_version, create_grader, delete_grader, get_grader, list_graders, rotate_signing_secret
 from graders.endpoint import check_headers
 from outbound.safe_http import check_url
 
@@ -64,7 +64,9 @@ def update_grader(grader_id: str, body: JsonBody, caller: GraderWriter, services
         given = request.model_dump(exclude_unset=True, exclude={"name", "headers"})
         if given.get("url", "") is None:
             del given["url"]
-        options = EndpointOptions.model_validate({**version.options, **given})
+        if given.get("format") == "single":
+            given.setdefault("batch_size", None)
+        options = parse_body(EndpointOptions, {**version.options, **given})
         check_url(options.url, services.network)
         check_headers(request.headers or {})
         grader, newest = add_grader_version(
@@ -73,6 +75,18 @@ def update_grader(grader_id: str, body: JsonBody, caller: GraderWriter, services
         if newest.version != version.version + 1:
             raise Conflict("Another request changed the grader at the same time. Send the change again.", param="grader_id")
         return grader_view(grader, newest)
+
+
+@router.post("/{grader_id}/rotate_secret")
+def rotate_secret(grader_id: str, caller: GraderWriter, services: HasServices) -> RotatedGrader:
+    """A new signing secret, shown only here. For 24 hours requests carry two signatures, the new secret's and the old one's.
+
+    A job that runs signs with what it started with; its next start takes the new secret.
+    """
+    with services.database.transaction() as session:
+        grader, version, signing_secret, expires_at = rotate_signing_secret(session, services.secrets, caller.project_id, grader_id)
+        shown = grader_view(grader, version).model_dump()
+        return RotatedGrader(signing_secret=signing_secret, previous_secret_expires_at=int(expires_at), **shown)
 
 
 @router.delete("/{grader_id}")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import psycopg
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from api.app import create_app
 from database.session import open_database
@@ -14,7 +15,8 @@ from tests.api.platform import Account, Platform, make_settings
 def platform(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """One API for all tests of this room, over a database that no other room empties; each test has projects of its own."""
     url = "" if request.param == "sqlite" else own_database(request.getfixturevalue("postgres_url"))
-    settings = make_settings(tmp_path_factory.mktemp("home"), database_url=url)
+    broker = SecretStr(request.getfixturevalue("valkey_url"))
+    settings = make_settings(tmp_path_factory.mktemp("home"), database_url=url, broker_url=broker)
     database = open_database(settings)
     with TestClient(create_app(settings), raise_server_exceptions=False) as http:
         platform = Platform(settings, database, http)

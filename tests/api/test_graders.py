@@ -1,8 +1,10 @@
 """Registered graders: versions, and secrets that nobody sees twice. `graders/run` and `/validate`: failure is an answer."""
 
+import time
 from typing import Any
 
 import pytest
+import standardwebhooks
 from sqlalchemy.orm import Session
 
 from api.routers import graders
@@ -84,7 +86,9 @@ def test_update_makes_a_version_with_only_the_named_changes(owner: Account, plat
         ({"headers": {"x": "a\r\nb: c"}}, "invalid_value", "headers.x"),
         ({"headers": {"x y": "z"}}, "invalid_value", "headers"),
         ({"reward_range": [1, 0]}, "invalid_value", "reward_range"),
-        ({"format": "batch"}, "invalid_value", "format"),
+        ({"format": "xml"}, "invalid_value", "format"),
+        ({"batch_size": 8}, "invalid_value", "batch_size"),
+        ({"format": "batch", "batch_size": 0}, "invalid_value", "batch_size"),
     ],
 )
 @pytest.mark.parametrize("update", [False, True])
@@ -118,6 +122,36 @@ def test_update_that_another_one_overtook_is_refused(owner: Account, platform: P
 
     monkeypatch.setattr(graders, "get_grader", overtaken)
     assert_error(owner.post(f"/v1/graders/{created['id']}", {"timeout_seconds": 5}), 400, "conflict", "grader_id")
+
+
+def test_an_update_is_judged_with_what_the_grader_already_has(owner: Account) -> None:
+    created = owner.post("/v1/graders", GRADER | {"format": "batch", "hedge": True}).json()
+    assert (created["format"], created["batch_size"], created["hedge"]) == ("batch", None, True)
+    path = f"/v1/graders/{created['id']}"
+    assert owner.post(path, {"batch_size": 8}).json()["batch_size"] == 8
+    single = owner.post(path, {"format": "single"}).json()
+    assert (single["format"], single["batch_size"]) == ("single", None)
+
+
+def test_after_a_rotation_both_secrets_sign_and_only_the_answer_shows_the_new_one(owner: Account, platform: Platform) -> None:
+    with FakeEndpoint([score(0.5)]) as endpoint:
+        created = owner.post("/v1/graders", GRADER | {"url": endpoint.url}).json()
+        path = f"/v1/graders/{created['id']}"
+        began = time.time()
+        rotated = owner.post(f"{path}/rotate_secret").json()
+        run(owner, {"type": "endpoint", "grader_id": created["id"]})
+    old, new = created["signing_secret"], rotated.pop("signing_secret")
+    assert rotated.pop("previous_secret_expires_at") == pytest.approx(began + 24 * 3600, abs=60)
+    (received,) = endpoint.requests
+    for secret in (old, new):
+        standardwebhooks.Webhook(secret).verify(received.body, received.headers)
+    assert old != new
+    assert rotated == owner.get(path).json()
+    with platform.database.reading() as session:
+        version = session.get(GraderVersion, (created["id"], 1))
+    assert version is not None
+    shown = [owner.get(path).text, owner.get("/v1/graders").text, owner.post(path, {"max_attempts": 2}).text, version.secrets]
+    assert not any(secret in text for secret in (old, new) for text in shown)
 
 
 def test_graders_page_newest_first_without_the_deleted(owner: Account) -> None:

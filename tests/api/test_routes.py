@@ -77,6 +77,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("GET", "/v1/graders"): Row("jobs:read"),
     ("GET", "/v1/graders/{grader_id}"): Row("jobs:read", **REGISTERED),
     ("POST", "/v1/graders/{grader_id}"): Row("graders:write", body=lambda account: {"timeout_seconds": 5}, **REGISTERED),
+    ("POST", "/v1/graders/{grader_id}/rotate_secret"): Row("graders:write", **REGISTERED),
     ("DELETE", "/v1/graders/{grader_id}"): Row("graders:write", **REGISTERED),
     ("POST", "/v1/models"): Row(
         "admin", body=lambda account: {"name": f"base-{account.project_id}", "source": {"type": "folder", "path": "/m"}}

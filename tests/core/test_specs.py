@@ -95,6 +95,22 @@ def test_wrong_field_of_a_judge_is_named(changes: dict[str, Any], param: str) ->
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    "grader",
+    [
+        {"type": "endpoint", "url": "https://x.example/", "timeout_seconds": {"headers": {"authorization": "hush"}}},
+        {"type": "endpoint", "url": [{"api_key": "hush"}]},
+        {"type": "multi", "graders": [["hush"]], "calculate_output": "a"},
+        {"type": {"api_key": "hush"}},
+        {"type": ["hush"]},
+    ],
+)
+def test_what_came_is_not_repeated_where_it_may_hold_a_secret(grader: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_grader(grader)
+    assert "hush" not in caught.value.message
+
+
 def test_wrong_grader_in_a_list_names_its_own_field() -> None:
     graders = [{**STRING_CHECK, "name": "a"}, {**STRING_CHECK, "name": "b", "inptu": ""}]
     with pytest.raises(InvalidRequest) as caught:

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 from cryptography.fernet import Fernet
@@ -15,6 +16,7 @@ from database.graders import (
     list_graders,
     pin_grader,
     read_secrets,
+    rotate_signing_secret,
 )
 from database.secrets import Secrets
 from tests.database.rows import make_project
@@ -82,6 +84,25 @@ def test_headers_stay_when_an_update_names_none(database, secrets):
     assert version.header_names == ["Authorization", "X-Team"]
 
 
+def test_a_rotation_reaches_every_version_and_keeps_the_secret_before_for_a_day(database, secrets):
+    with database.transaction() as session:
+        project = make_project(session)
+        grader, _, first = create(session, secrets, project)
+        add_grader_version(session, secrets, project, grader.id, options=OPTIONS, headers={"A": "b"})
+        _, version, second, expires_at = rotate_signing_secret(session, secrets, project, grader.id)
+    assert version.version == 2
+    assert expires_at == pytest.approx(time.time() + 24 * 3600, abs=60)
+    rotated = {"signing_secret": second, "previous_signing_secret": first, "previous_expires_at": expires_at}
+    with database.transaction() as session:
+        assert read_secrets(session, secrets, f"{grader.id}@1") == {"headers": HEADERS, **rotated}
+        assert read_secrets(session, secrets, f"{grader.id}@2") == {"headers": {"A": "b"}, **rotated}
+        add_grader_version(session, secrets, project, grader.id, options=OPTIONS)
+        assert read_secrets(session, secrets, f"{grader.id}@3") == {"headers": {"A": "b"}, **rotated}
+        third = rotate_signing_secret(session, secrets, project, grader.id)[2]
+        found = read_secrets(session, secrets, f"{grader.id}@1")
+    assert (found["signing_secret"], found["previous_signing_secret"]) == (third, second)
+
+
 def test_a_grader_of_another_project_or_a_deleted_one_is_not_found(database, secrets):
     with database.transaction() as session:
         mine, other = make_project(session), make_project(session)
@@ -91,6 +112,7 @@ def test_a_grader_of_another_project_or_a_deleted_one_is_not_found(database, sec
             lambda project: pin_grader(session, project, grader.id),
             lambda project: delete_grader(session, project, grader.id),
             lambda project: add_grader_version(session, secrets, project, grader.id, options=OPTIONS),
+            lambda project: rotate_signing_secret(session, secrets, project, grader.id),
         ]
         for call in calls:
             with pytest.raises(NotFound) as caught:

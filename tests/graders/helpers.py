@@ -8,6 +8,7 @@ from core.grader_specs import PinnedEndpointGrader, PinnedScoreModelGrader
 from graders.calls import RetryPolicy
 from graders.endpoint import EndpointGrader
 from graders.grade import Grade, Grader, GradeRequest
+from graders.limits import MakeLimiter, local_limiter
 from graders.model_judge import ModelJudge, number_scale
 from outbound.safe_http import NetworkPolicy
 from outbound.signing import generate_secret
@@ -39,11 +40,14 @@ def endpoint_grader(
     signing_secret: str | None = SECRET,
     network: NetworkPolicy | None = None,
     retry: RetryPolicy = FAST,
+    more_secrets: dict[str, Any] | None = None,
+    make_limiter: MakeLimiter = local_limiter,
     **options: Any,
 ) -> EndpointGrader:
     spec = endpoint_spec(endpoint if isinstance(endpoint, str) else endpoint.url, **options)
     policy = network or NetworkPolicy(LOOPBACK)
-    return EndpointGrader(spec, headers=headers or {}, signing_secret=signing_secret, network=policy, retry=retry)
+    secret = {"headers": headers or {}, "signing_secret": signing_secret, **(more_secrets or {})}
+    return EndpointGrader(spec, secret, network=policy, retry=retry, make_limiter=make_limiter)
 
 
 async def grade_all(grader: Grader, *requests: GradeRequest) -> list[Grade]:

@@ -11,6 +11,7 @@ from core.errors import InvalidRequest
 from graders.calls import RetryPolicy
 from graders.endpoint import check_headers
 from outbound.safe_http import NetworkPolicy
+from outbound.signing import generate_secret
 from tests.fake_endpoint import FakeEndpoint, Received, Reply, answer, dripping, hang, score, status
 from tests.graders.helpers import FAST, SECRET, endpoint_grader, grade, grade_all, request
 
@@ -56,6 +57,38 @@ def test_retries_keep_the_id_and_sign_anew(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(set(seen["webhook-id"])) == 1
     assert len(set(seen["webhook-timestamp"])) == len(set(seen["webhook-signature"])) == 3
     assert len({received.body for received in endpoint.requests}) == 1
+
+
+@pytest.mark.parametrize("left", [60.0, -1.0], ids=["overlap", "over"])
+def test_during_a_rotation_the_old_secret_signs_too_and_not_a_moment_longer(left: float) -> None:
+    old = generate_secret()
+    more = {"previous_signing_secret": old, "previous_expires_at": time.time() + left}
+    with FakeEndpoint([score(1.0)]) as endpoint:
+        grade(endpoint_grader(endpoint, more_secrets=more))
+    (received,) = endpoint.requests
+    standardwebhooks.Webhook(SECRET).verify(received.body, received.headers)
+    if left > 0:
+        standardwebhooks.Webhook(old).verify(received.body, received.headers)
+    else:
+        with pytest.raises(standardwebhooks.WebhookVerificationError):
+            standardwebhooks.Webhook(old).verify(received.body, received.headers)
+
+
+def test_the_old_secret_is_masked_too() -> None:
+    old = generate_secret()
+    with FakeEndpoint([answer({"score": 1, "explanation": f"{old} {old.removeprefix('whsec_')}"})]) as endpoint:
+        result = grade(endpoint_grader(endpoint, more_secrets={"previous_signing_secret": old, "previous_expires_at": 0.0}))
+    assert old.removeprefix("whsec_") not in repr(result)
+
+
+def test_no_attempt_runs_beyond_the_deadline_of_the_grade() -> None:
+    """Its own timeout would let it: the last attempt is cut at what is left."""
+    with FakeEndpoint([status(503), hang()]) as endpoint:
+        started = time.monotonic()
+        retry = RetryPolicy(base_seconds=0.01, deadline_seconds=0.6)
+        result = grade(endpoint_grader(endpoint, timeout_seconds=30.0, retry=retry))
+    assert (result.error, result.attempts) == ("grader_timeout", 2)
+    assert 0.5 < time.monotonic() - started < 5.0
 
 
 RETRIED = [

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from typing import Any
 
@@ -218,6 +219,13 @@ def test_a_grade_ends_by_one_deadline_also_where_the_schema_was_refused_first(re
         assert time.monotonic() - started < 5.0
     assert (result.reward, result.error) == (None, "grader_timeout")
     assert result.attempts >= 2
+
+
+def test_the_second_ask_has_only_what_the_first_left_of_the_deadline() -> None:
+    with FakeEndpoint([Reply(b"no", status=400, delay=0.4), hang()]) as server:
+        result = grade(judge(server, timeout_seconds=30.0, max_attempts=1, retry=RetryPolicy(deadline_seconds=1.2)))
+    assert (result.error, result.attempts) == ("grader_timeout", 2)
+    assert 0.0 < float(re.findall(r"within ([\d.]+) seconds", result.error_message or "")[0]) <= 0.8
 
 
 def test_address_that_is_not_allowed_is_not_called() -> None:

@@ -20,7 +20,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[2]
 PATCHES = ROOT / "tests/mutants"
 TESTS = "tests/known_bugs"
-COPIED = ("core", "graders", "outbound", "trainer", "tests/__init__.py", "tests/tiny.py", "tests/trainer", TESTS, "pyproject.toml")
+COPIED = ("core", "graders", "outbound", "trainer", "tests/__init__.py", "tests/fake_endpoint.py", "tests/tiny.py", "tests/trainer", TESTS)
+COPIED += ("pyproject.toml",)
 """Without what the database needs, whose import would take longer than most tests here."""
 SECONDS = 300
 WORKERS = 2

@@ -7,8 +7,8 @@ import pytest
 
 from tests.mutants.run import ROOT, apply, description, known_patches, known_tests
 
-BUGS = {f"r{number:02}" for number in range(1, 27)}
-PRODUCT = ("core/", "graders/", "trainer/")
+BUGS = {f"r{number:02}" for number in range(1, 29)}
+PRODUCT = ("core/", "graders/", "outbound/", "trainer/")
 
 
 def test_every_known_bug_has_a_test_and_a_patch() -> None:
