@@ -10,6 +10,7 @@ from core.options import Options
 from core.run_directory import STATE_HASH, Manifest
 from database import models
 from database.graders import MASK
+from database.progress import SAMPLE_PREFIX
 
 CONTRACT_HYPERPARAMETERS = (
     "n_epochs",
@@ -21,9 +22,6 @@ CONTRACT_HYPERPARAMETERS = (
     "eval_samples",
 )
 """The contract's seven, which a job always shows."""
-
-SAMPLE_PREFIX = "ftsample-"
-"""Before the sample's number in its job."""
 
 DIGEST_PREFIX = "ftdigest-"
 """Before the step."""

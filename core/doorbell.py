@@ -9,6 +9,7 @@ JOBS_QUEUE = "jobs"
 HOUSEKEEPING_QUEUE = "housekeeping"
 WAKE = "worker.tasks.wake"
 VALIDATE = "housekeeping.celery_app.validate_jobs"
+REPORTS = "housekeeping.celery_app.make_reports"
 SWEEP = "housekeeping.celery_app.sweep"
 
 
@@ -41,6 +42,9 @@ class Doorbell:
 
     def wake_validation(self) -> bool:
         return self._send(VALIDATE, HOUSEKEEPING_QUEUE)
+
+    def wake_reports(self) -> bool:
+        return self._send(REPORTS, HOUSEKEEPING_QUEUE)
 
     def _send(self, task: str, queue: str) -> bool:
         try:

@@ -1,13 +1,14 @@
-"""`celery -A housekeeping.celery_app worker -P threads -c 2 -Q housekeeping -B`: the clock and the tasks of housekeeping."""
+"""`celery -A housekeeping.celery_app worker -P threads -c 3 -Q housekeeping -B`: the clock and the tasks of housekeeping."""
 
 import threading
 import time
 from functools import cache
 from typing import NamedTuple
 
-from core.doorbell import HOUSEKEEPING_QUEUE, SWEEP, VALIDATE, make_celery
+from core.doorbell import HOUSEKEEPING_QUEUE, REPORTS, SWEEP, VALIDATE, make_celery
 from core.settings import load_settings
 from housekeeping.context import Housekeeping, open_housekeeping
+from housekeeping.reports import make_waiting_reports
 from housekeeping.sweep import Sweep
 from housekeeping.validate_job import validate_waiting_jobs
 
@@ -44,9 +45,14 @@ def _validate_jobs() -> None:
     validate_waiting_jobs(this_process().housekeeping)
 
 
+def _make_reports() -> None:
+    make_waiting_reports(this_process().housekeeping)
+
+
 def _sweep() -> None:
     this_process().sweep.run(time.monotonic())
 
 
 validate_jobs = app.task(name=VALIDATE)(_validate_jobs)
+make_reports = app.task(name=REPORTS)(_make_reports)
 sweep = app.task(name=SWEEP)(_sweep)

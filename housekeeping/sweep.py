@@ -5,6 +5,7 @@ import threading
 
 from database.jobs import jobs_to_validate
 from database.leases import count_queued, expire_leases
+from database.reports import is_report_due
 from housekeeping.context import Housekeeping
 
 logger = logging.getLogger("hone.housekeeping")
@@ -54,10 +55,13 @@ class Sweep:
                         logger.warning("%d jobs went back to the queue: their workers stopped answering", requeued)
                 num_queued = count_queued(session)
                 is_validation_due = bool(jobs_to_validate(session, 1))
+                are_reports_due = is_report_due(session)
         except Exception:
             self._last_reached = None
             raise
         self._ring(num_queued, is_validation_due=is_validation_due)
+        if are_reports_due:
+            housekeeping.doorbell.wake_reports()
         if now - self._collected_at >= COLLECT_SECONDS:
             self._collected_at = now
             housekeeping.blobs.collect()

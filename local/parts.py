@@ -58,7 +58,7 @@ def api_part(options: UpOptions, home: Home, environment: Mapping[str, str]) -> 
 
 
 def housekeeping_part(home: Home, environment: Mapping[str, str]) -> Part:
-    command = _celery("housekeeping.celery_app", "housekeeping", threads=2, name="housekeeping@%h")
+    command = _celery("housekeeping.celery_app", "housekeeping", threads=3, name="housekeeping@%h")
     return Part(
         "housekeeping", (*command, "-B", "-s", str(home.run / "beat")), environment, home.logs / "housekeeping.log", stop_seconds=15
     )

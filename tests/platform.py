@@ -135,7 +135,7 @@ def run_platform(
     port = platform.url.rpartition(":")[2]
     try:
         platform.start("api", ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", port, "--timeout-graceful-shutdown", "2"])
-        options = ["-P", "threads", "-c", "2", "-Q", "housekeeping", "-B", "-s", str(home / "beat"), "-n", "housekeeping@%h"]
+        options = ["-P", "threads", "-c", "3", "-Q", "housekeeping", "-B", "-s", str(home / "beat"), "-n", "housekeeping@%h"]
         quiet = ["--without-gossip", "--without-mingle"]
         platform.start("housekeeping", ["-m", "celery", "-A", "housekeeping.celery_app", "worker", *options, *quiet])
         for number in range(workers):
