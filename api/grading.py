@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -31,6 +32,7 @@ from graders.build import build_grader
 from graders.check import check_programs, endpoints_of
 from graders.grade import Grade, GradeRequest
 from graders.python_sandbox import SandboxLimits
+from graders.template import names_output_json
 from outbound.safe_http import NetworkPolicy
 
 INLINE = "inline"
@@ -110,8 +112,18 @@ def secrets_of(session: Session, secrets: Secrets, pinned: Pinned) -> dict[str, 
 
 
 def run_once(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader) -> Grade:
-    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else."""
-    return asyncio.run(_grade(_for_one_try(spec), secrets, network, _grade_request(request)))
+    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else.
+
+    Its `latency_seconds` are those of the whole run, for every kind of grader.
+    """
+    started = time.monotonic()
+    grade = asyncio.run(_grade(_for_one_try(spec), secrets, network, _grade_request(request)))
+    return replace(grade, latency_seconds=time.monotonic() - started)
+
+
+def lacks_json(spec: PinnedGraderSpec, request: RunGrader) -> bool:
+    """Whether `spec` looks at `sample.output_json` of a text that is no JSON: a wrong answer, which the answer's flags name."""
+    return names_output_json(spec) and _json_or_none(request.model_sample) is None
 
 
 async def _grade(spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: GradeRequest) -> Grade:

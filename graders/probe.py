@@ -212,7 +212,9 @@ class _Probes:
             numbers = {"score": grade.reward}
             scores = self._scores()
             if scores and grade.reward >= max(scores) > min(scores):
-                return Finding(name, "warning", f"{what} gets {grade.reward:g}, as much as the best other: a model will find that.", numbers)
+                return Finding(
+                    name, "warning", f"{what} gets {grade.reward:g}, as much as the best other: a model will find that.", numbers
+                )
             return Finding(name, "passed", f"{what} gets {grade.reward:g}.", numbers)
 
         return probe

@@ -16,9 +16,13 @@ from outbound.safe_http import NetworkPolicy
 ANYWHERE = NetworkPolicy(("0.0.0.0/0", "::/0"), allow_http=True)
 
 
-async def probe_url(options: dict[str, Any], headers: dict[str, str], signing_secret: str | None, rows: list[dict[str, Any]]) -> ProbeReport:
+async def probe_url(
+    options: dict[str, Any], headers: dict[str, str], signing_secret: str | None, rows: list[dict[str, Any]]
+) -> ProbeReport:
     """`options` are those of `EndpointOptions`. Raises: InvalidRequest for headers or an address that cannot be."""
-    spec = for_probing(PinnedEndpointGrader.model_validate({**options, "type": "endpoint", "secret_ref": "probe", "grader_version": "probe"}))
+    spec = for_probing(
+        PinnedEndpointGrader.model_validate({**options, "type": "endpoint", "secret_ref": "probe", "grader_version": "probe"})
+    )
     grader = EndpointGrader(spec, headers=headers, signing_secret=signing_secret, network=ANYWHERE)
     try:
         return await probe_grader(grader, spec, rows)

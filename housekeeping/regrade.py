@@ -85,7 +85,7 @@ def compare(pairs: Sequence[Regraded]) -> dict[str, Any]:
 
 def _disagreements(scored: Sequence[tuple[Sample, Grade]], old: Sequence[float], new: Sequence[float]) -> list[dict[str, Any]]:
     """The samples whose place in the order changed most; ranks, since two graders need not share a scale."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "sample_id": f"{SAMPLE_PREFIX}{sample.seq}",
             "step": sample.step,
@@ -96,9 +96,7 @@ def _disagreements(scored: Sequence[tuple[Sample, Grade]], old: Sequence[float],
             "new_rank": new_rank,
             "explanation": grade.explanation,
         }
-        for (sample, grade), before, after, old_rank, new_rank in zip(
-            scored, old, new, average_ranks(old), average_ranks(new), strict=True
-        )
+        for (sample, grade), before, after, old_rank, new_rank in zip(scored, old, new, average_ranks(old), average_ranks(new), strict=True)
         if old_rank != new_rank or before != after
     ]
     rows.sort(key=lambda row: (abs(row["old_rank"] - row["new_rank"]), abs(row["old_reward"] - row["new_reward"])), reverse=True)
