@@ -4,11 +4,11 @@ A claim gives a new token; what an older token writes is refused.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from core.errors import LeaseLost, NotFound, PlatformError
@@ -74,17 +74,16 @@ def count_open_reports(session: Session, project_id: str) -> int:
     return int(session.execute(query).scalar_one())
 
 
-def newest_tests(session: Session, versions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], GraderReport]:
+def newest_tests(session: Session, versions: Iterable[tuple[str, int]]) -> dict[tuple[str, int], GraderReport]:
     """The newest test of each (grader id, version) that was tested."""
-    if not versions:
-        return {}
-    key = (GraderReport.grader_id, GraderReport.grader_version)
-    age = func.row_number().over(partition_by=key, order_by=(GraderReport.created_at.desc(), GraderReport.id.desc()))
-    ids = [grader_id for grader_id, _ in versions]
-    is_asked = and_(GraderReport.kind == "test", GraderReport.grader_id.in_(ids), tuple_(*key).in_(versions))
-    ranked = select(GraderReport.id, age.label("age")).where(is_asked).subquery()
-    newest = select(GraderReport).join(ranked, ranked.c.id == GraderReport.id).where(ranked.c.age == 1)
-    return {(report.grader_id, report.grader_version): report for report in session.execute(newest).scalars()}
+    query = (
+        select(GraderReport).where(GraderReport.kind == "test").order_by(GraderReport.created_at.desc(), GraderReport.id.desc()).limit(1)
+    )
+    found = {}
+    for grader_id, number in set(versions):
+        is_it = and_(GraderReport.grader_id == grader_id, GraderReport.grader_version == number)
+        found[grader_id, number] = session.execute(query.where(is_it)).scalar_one_or_none()
+    return {version: report for version, report in found.items() if report is not None}
 
 
 def is_report_due(session: Session) -> bool:
