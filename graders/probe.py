@@ -129,16 +129,18 @@ class _Probes:
     @property
     def is_deaf(self) -> bool:
         """Whether there is no use in asking on."""
-        return bool(self._answers) and all(answer.grade.error is not None for answer in self._answers)
+        return bool(self._answers) and not self._graded()
 
     async def _schema(self, name: str) -> Finding:
-        """The grader answers, and with what the wire format asks for."""
+        """The grader answers, and with what the wire format asks for. A score out of range is left to the next probe."""
         ends_at = time.monotonic() + SEQUENTIAL_SECONDS
         for item, text in _completions(self.rows):
             if self._answers and time.monotonic() >= ends_at:
                 break
             self._answers.append(await self._timed(item, text))
-        return _calls(name, [answer.grade for answer in self._answers])
+        grades = [answer.grade for answer in self._answers]
+        is_counted = [self.is_deaf or grade.error != GradeFailure.OUT_OF_RANGE for grade in grades]
+        return _calls(name, [grade for grade, counts in zip(grades, is_counted, strict=True) if counts])
 
     async def _range(self, name: str) -> Finding:
         outside = [answer.grade for answer in self._answers if answer.grade.error == GradeFailure.OUT_OF_RANGE]
@@ -167,9 +169,10 @@ class _Probes:
 
     async def _latency(self, name: str) -> Finding:
         ends_at = time.monotonic() + SEQUENTIAL_SECONDS
-        grades = [answer.grade for answer in self._answers]
+        answers = self._graded()
+        grades: list[Grade] = []
         while len(self._latencies) < NUM_TIMED and time.monotonic() < ends_at:
-            item, text, _ = self._answers[len(self._latencies) % len(self._answers)]
+            item, text, _ = answers[len(grades) % len(answers)]
             grades.append((await self._timed(item, text)).grade)
         if any(grade.error is not None for grade in grades):
             return _calls(name, grades)
@@ -180,14 +183,13 @@ class _Probes:
         """As many calls at a time as a job would make."""
         at_once = self._options.max_concurrency
         wanted = min(MAX_LOAD_CALLS, max(MIN_LOAD_CALLS, 4 * at_once))
-        started = time.monotonic()
-        grades: list[Grade] = []
-        begun = 0
+        answers, grades = self._graded(), list[Grade]()
+        started, begun = time.monotonic(), 0
 
         async def caller() -> None:
             nonlocal begun
             while begun < wanted and time.monotonic() - started < LOAD_SECONDS:
-                item, text, _ = self._answers[begun % len(self._answers)]
+                item, text, _ = answers[begun % len(answers)]
                 begun += 1
                 grades.append((await self._ask(item, text)).grade)
 
