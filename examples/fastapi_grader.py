@@ -1,4 +1,4 @@
-"""A grader in FastAPI: GRADER_SECRET=whsec_... uvicorn examples.fastapi_grader:app --port 9000 (pip install fastapi uvicorn standardwebhooks)"""
+"""A grader in FastAPI: GRADER_SECRET=whsec_... uvicorn examples.fastapi_grader:app --port 9000"""
 
 import os
 
@@ -10,7 +10,7 @@ webhook = Webhook(os.environ["GRADER_SECRET"])
 
 
 @app.post("/")
-async def grade(request: Request) -> dict[str, float]:
+async def score(request: Request) -> dict[str, float]:
     try:
         call = webhook.verify(await request.body(), dict(request.headers))
     except WebhookVerificationError as error:
