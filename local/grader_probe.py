@@ -1,6 +1,7 @@
 """Probes of a URL from the terminal: the program that makes them is started, told by a pipe, and its report is shown."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +32,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def probe(options: dict[str, Any], headers: dict[str, str], signing_secret: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report. Secrets go to the probing program by a pipe. Raises: PlatformError when it does not end well."""
+    """The report. Secrets go to the probing program by a pipe alone. Raises: PlatformError when it does not end well."""
     asked = json.dumps({"options": options, "headers": headers, "signing_secret": signing_secret, "rows": rows})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRADER_")}
     try:
-        process = subprocess.run(PROBE_COMMAND, input=asked, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+        process = subprocess.run(
+            PROBE_COMMAND, input=asked, env=environment, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise PlatformError(f"The probes did not end within {MAX_SECONDS:g} seconds.") from error
     if process.returncode != 0:
-        raise InvalidRequest(f"The probes could not be made: {process.stderr.strip().splitlines()[-1:] or ['no reason was given']}")
+        raise InvalidRequest(f"The probes could not be made: {(process.stderr.strip().splitlines() or ['no reason was given'])[-1]}")
     report: dict[str, Any] = json.loads(process.stdout)
     return report
 

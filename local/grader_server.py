@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from core.errors import InvalidRequest, NotAuthenticated, boundary
-from outbound.signing import verify
+from outbound.signing import sign, verify
 
 logger = logging.getLogger("hone.grader")
 GradeFunction = Callable[[dict[str, Any], dict[str, Any]], Any]
@@ -62,6 +62,8 @@ class GraderServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, host: str, port: int, grade: GradeFunction, secret: str) -> None:
+        """Raises: InvalidRequest for a secret that nothing can be signed with."""
+        sign(secret, "start", 0, b"")
         self.grade, self.secret = grade, secret
         super().__init__((host, port), _Handler)
 

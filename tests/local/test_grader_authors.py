@@ -121,6 +121,14 @@ def test_program_without_the_function_is_not_served(source: str, tmp_path: Path)
     assert "grade" in str(result.exception)
 
 
+def test_secret_that_is_none_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "grade.py").write_text("def grade(sample, item):\n    return 1.0\n")
+    result = invoke("grader", "serve", str(tmp_path / "grade.py"), GRADER_SECRET="whsec_!hush")
+    assert result.exit_code == 1
+    assert "signing secret" in str(result.exception)
+    assert "hush" not in str(result.exception)
+
+
 def invoke(*arguments: str, typed: str = "", **environment: str) -> Result:
     unset: dict[str, str | None] = {"GRADER_SECRET": None, "COLUMNS": "200"}
     return CliRunner().invoke(cli.commands, list(arguments), input=typed, env={**unset, **environment})
