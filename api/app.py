@@ -10,11 +10,20 @@ from fastapi import FastAPI
 from api.errors import install_error_handlers
 from api.middleware import BodyLimit, RefuseNul, RequestIds
 from api.openapi import install_openapi
-from api.routers import admin, alpha_graders, files, graders, health, jobs, models
+from api.routers import admin, alpha_graders, files, grader_reports, graders, health, jobs, models
 from api.services import open_services
 from core.settings import Settings, load_settings
 
-ROUTERS = (files.router, jobs.router, alpha_graders.router, graders.router, models.router, admin.router, health.router)
+ROUTERS = (
+    files.router,
+    jobs.router,
+    alpha_graders.router,
+    graders.router,
+    grader_reports.router,
+    models.router,
+    admin.router,
+    health.router,
+)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -27,7 +27,13 @@ async def read_json(request: Request) -> Any:
     return value
 
 
+async def read_json_or_nothing(request: Request) -> Any:
+    """As `read_json`; an empty object where there is no body. Raises: InvalidRequest."""
+    return await read_json(request) if await request.body() else {}
+
+
 JsonBody = Annotated[Any, Depends(read_json)]
+OptionalJsonBody = Annotated[Any, Depends(read_json_or_nothing)]
 
 
 def _refuse_constant(name: str) -> NoReturn:

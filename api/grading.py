@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -38,6 +39,7 @@ from graders.check import check_programs, endpoints_of
 from graders.grade import Grade, GradeFailure, Grader, GradeRequest, failed
 from graders.limits import MakeLimiter, SharedLimits
 from graders.python_sandbox import SandboxLimits
+from graders.template import names_output_json
 from outbound.safe_http import NetworkPolicy
 
 INLINE = "inline"
@@ -137,14 +139,24 @@ def run_limits(settings: Settings, project_id: str) -> SharedLimits:
     return SharedLimits(settings.effective_broker_url(), project_id, owner="runs", away_seconds=RUN_AWAY_SECONDS)
 
 
+def lacks_json(spec: PinnedGraderSpec, request: RunGrader) -> bool:
+    """Whether `spec` looks at `sample.output_json` of a text that is no JSON: a wrong answer, which the answer's flags name."""
+    return names_output_json(spec) and _json_or_none(request.model_sample) is None
+
+
 def run_once(
     spec: PinnedGraderSpec, secrets: dict[str, Secret], network: NetworkPolicy, request: RunGrader, make_limiter: MakeLimiter
 ) -> Grade:
-    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else. Raises: InvalidRequest."""
+    """The grade of one sample, in an event loop of its own: a grader that blocks holds up nobody else.
+
+    Its `latency_seconds` are those of the whole run, for every kind of grader. Raises: InvalidRequest.
+    """
     members = spec.graders.values() if isinstance(spec, PinnedMultiGrader) else [spec]
     if any(isinstance(member, PinnedRewardModelGrader) for member in members):
         raise InvalidRequest("A 'reward_model' runs only on a worker, inside a job; it cannot be tried here.", param="grader.type")
-    return asyncio.run(_grade(build_grader(_for_one_try(spec), secrets, network, make_limiter), _grade_request(request)))
+    started = time.monotonic()
+    grade = asyncio.run(_grade(build_grader(_for_one_try(spec), secrets, network, make_limiter), _grade_request(request)))
+    return replace(grade, latency_seconds=time.monotonic() - started)
 
 
 async def _grade(grader: Grader, request: GradeRequest) -> Grade:

@@ -37,6 +37,27 @@ class UpdateGrader(EndpointOptions):
         return value
 
 
+Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class ProbeGrader(_Strict):
+    version: Version | None = None
+    """None: the newest."""
+    file_id: Annotated[str, Field(max_length=256)] | None = None
+    """Rows of your own to ask with; the first 20 are used. None: one that is built in."""
+
+
+class RegradeJob(_Strict):
+    job_id: Annotated[str, Field(max_length=256)]
+    """Whose samples are scored again."""
+    version: Version | None = None
+    """Of the grader that the address names. None: the newest."""
+    step: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    phase: Literal["train", "valid"] | None = None
+    max_samples: Annotated[int, Field(ge=1, le=1000)] = 200
+    """Where the job has more, they are taken evenly spread over it."""
+
+
 class FolderSource(_Strict):
     type: Literal["folder"]
     path: Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^/")]

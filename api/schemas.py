@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from api.pagination import ListPage
 from core.lifecycle import Status
+from database.reports import ReportKind, ReportStatus
 
 
 class ErrorObject(BaseModel):
@@ -46,6 +47,17 @@ class JobError(BaseModel):
     param: str | None
 
 
+class JobGraderReport(BaseModel):
+    """The newest test of a grader that the job uses, in the version that it pinned."""
+
+    id: str = Field(examples=["graderreport_abc123"])
+    grader_id: str
+    grader_version: int
+    status: ReportStatus
+    passed: bool | None
+    summary: str | None
+
+
 class Job(BaseModel):
     """A fine-tuning job. From `options` on: fields that OpenAI's object does not have."""
 
@@ -78,6 +90,8 @@ class Job(BaseModel):
     pause_reason: str | None
     attempt: int
     model_digest: str
+    grader_reports: list[JobGraderReport]
+    """Of the registered graders that were tested."""
 
 
 class JobEvent(BaseModel):
@@ -150,6 +164,7 @@ class Sample(BaseModel):
     g: int
     prompt: str
     completion: str
+    status: Literal["graded", "abstained", "failed"]
     reward: float | None
     """None: not graded (failed or abstained); never 0 in its place."""
     sub_scores: dict[str, float]
@@ -161,6 +176,8 @@ class Sample(BaseModel):
     attempts: int
     latency_seconds: float
     error: str | None
+    """The code of a grade that failed."""
+    error_message: str | None
 
 
 class Grader(BaseModel):
@@ -196,6 +213,82 @@ class RotatedGrader(NewGrader):
 
     previous_secret_expires_at: int
     """Until then every request carries two signatures, the second by the secret before. Unix seconds."""
+
+
+class ProbeFinding(BaseModel):
+    probe: str = Field(examples=["repeatable"])
+    outcome: Literal["passed", "warning", "failed", "skipped"]
+    message: str
+    numbers: dict[str, float]
+
+
+class ProbeResult(BaseModel):
+    findings: list[ProbeFinding]
+    num_rows: int
+    num_calls: int
+    seconds: float
+
+
+class Disagreement(BaseModel):
+    sample_id: str = Field(examples=["ftsample-12"])
+    step: int
+    phase: Literal["train", "valid"]
+    old_reward: float
+    new_reward: float
+    old_rank: float
+    """From 1, lowest first, among the samples that both graders scored; equal rewards share the mean of their ranks."""
+    new_rank: float
+    explanation: str | None
+    """Of the new grade."""
+
+
+class RegradeResult(BaseModel):
+    job_id: str
+    num_graded_samples: int
+    """What the job has of the kind that was asked for."""
+    old_grader_versions: list[str]
+    num_asked: int
+    num_compared: int
+    """Samples with a score of both graders: what all numbers below are taken over."""
+    num_abstained: int
+    num_failed: int
+    num_not_reached: int
+    failures: dict[str, int]
+    first_failure: str | None
+    spearman: float | None
+    """Rank correlation, -1 to 1; None where a side has no two different scores."""
+    kendall: float | None
+    """Kendall's tau-b, -1 to 1."""
+    old_mean: float | None
+    new_mean: float | None
+    disagreements: list[Disagreement]
+    """The largest, by how far the sample moved in the order."""
+    seconds: float
+
+
+class ReportError(BaseModel):
+    code: str
+    message: str
+
+
+class GraderReport(BaseModel):
+    """Poll it until `status` is `completed` or `failed`; the latter says that there is no result, not that the grader is bad."""
+
+    id: str = Field(examples=["graderreport_abc123"])
+    object: Literal["grader.report"] = "grader.report"
+    kind: ReportKind
+    grader_id: str
+    grader_version: int
+    status: ReportStatus
+    request: dict[str, Any]
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    passed: bool | None
+    """Of a test: no probe failed and none was left out."""
+    summary: str | None
+    result: ProbeResult | RegradeResult | None
+    error: ReportError | None
 
 
 class Model(BaseModel):

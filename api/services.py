@@ -27,6 +27,9 @@ class Services:
     validation_bell: Ringer
     """Tells housekeeping that a job waits to be validated."""
 
+    report_bell: Ringer
+    """Tells housekeeping that a report about a grader is wanted."""
+
     network: NetworkPolicy
     uploads: CapacityLimiter
     """Threads for uploads, so that slow senders cannot take those that answer everybody else."""
@@ -39,6 +42,7 @@ class Services:
 
     def close(self) -> None:
         self.validation_bell.close()
+        self.report_bell.close()
         self.database.close()
 
 
@@ -51,6 +55,7 @@ def open_services(settings: Settings) -> Services:
         blobs=BlobStore(database, settings),
         secrets=load_secrets(settings),
         validation_bell=Ringer(Doorbell(settings).wake_validation),
+        report_bell=Ringer(Doorbell(settings).wake_reports),
         network=NetworkPolicy(settings.allowed_private_networks, settings.allow_http_graders),
         uploads=CapacityLimiter(CONCURRENT_UPLOADS),
         grader_runs=CapacityLimiter(CONCURRENT_GRADER_RUNS),

@@ -1,15 +1,25 @@
 """Rows of the database as the objects that the API answers. Nothing secret is in a row's shown columns, so nothing is filtered here."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from api import schemas
+from core.grader_specs import PinnedGraderSpec
 from core.lifecycle import Status
 from core.options import Options
 from core.run_directory import STATE_HASH, Manifest
 from database import models
 from database.graders import MASK
+from database.progress import SAMPLE_PREFIX
+from graders.check import endpoints_of
+
+Version = tuple[str, int]
+"""(grader id, version) of a registered grader."""
+
+_PINNED: TypeAdapter[Any] = TypeAdapter(PinnedGraderSpec)
 
 CONTRACT_HYPERPARAMETERS = (
     "n_epochs",
@@ -21,9 +31,6 @@ CONTRACT_HYPERPARAMETERS = (
     "eval_samples",
 )
 """The contract's seven, which a job always shows."""
-
-SAMPLE_PREFIX = "ftsample-"
-"""Before the sample's number in its job."""
 
 DIGEST_PREFIX = "ftdigest-"
 """Before the step."""
@@ -58,7 +65,8 @@ def file_view(file: models.File) -> schemas.FileObject:
     )
 
 
-def job_view(job: models.Job, organization_id: str) -> schemas.Job:
+def job_view(job: models.Job, organization_id: str, tests: Mapping[Version, models.GraderReport] = MappingProxyType({})) -> schemas.Job:
+    """`tests` has the newest one of each registered grader's version, as far as there is one."""
     return schemas.Job(
         id=job.id,
         created_at=int(job.created_at),
@@ -85,7 +93,18 @@ def job_view(job: models.Job, organization_id: str) -> schemas.Job:
         total_steps=job.total_steps,
         pause_reason=job.pause_reason,
         attempt=job.attempt,
+        grader_reports=[_job_report(tests[version]) for version in registered_versions(job) if version in tests],
     )
+
+
+def registered_versions(job: models.Job) -> list[Version]:
+    """The registered graders that the job pinned."""
+    pinned = [endpoint.grader_version.partition("@") for endpoint in endpoints_of(_PINNED.validate_python(job.grader))]
+    return [(grader_id, int(number)) for grader_id, _, number in pinned if number]
+
+
+def _job_report(report: models.GraderReport) -> schemas.JobGraderReport:
+    return schemas.JobGraderReport(**_columns(report, schemas.JobGraderReport))
 
 
 def _job_error(job: models.Job) -> schemas.JobError | None:
@@ -139,7 +158,8 @@ def state_view(manifest: Manifest) -> schemas.StateHash:
 
 
 def sample_view(sample: models.Sample) -> schemas.Sample:
-    return schemas.Sample(**_columns(sample, schemas.Sample, id=f"{SAMPLE_PREFIX}{sample.seq}"))
+    status = "graded" if sample.reward is not None else "abstained" if sample.error is None else "failed"
+    return schemas.Sample(**_columns(sample, schemas.Sample, id=f"{SAMPLE_PREFIX}{sample.seq}", status=status))
 
 
 def grader_view(grader: models.Grader, version: models.GraderVersion) -> schemas.Grader:
@@ -151,6 +171,21 @@ def grader_view(grader: models.Grader, version: models.GraderVersion) -> schemas
         version=version.version,
         headers=dict.fromkeys(version.header_names, MASK),
         **version.options,
+    )
+
+
+def report_view(report: models.GraderReport) -> schemas.GraderReport:
+    error = None if report.error_code is None else schemas.ReportError(code=report.error_code, message=report.error_message or "")
+    return schemas.GraderReport(
+        **_columns(
+            report,
+            schemas.GraderReport,
+            created_at=int(report.created_at),
+            started_at=_seconds(report.started_at),
+            finished_at=_seconds(report.finished_at),
+            request={name: value for name, value in report.request.items() if name != "blob"},
+            error=error,
+        )
     )
 
 

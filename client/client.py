@@ -110,11 +110,13 @@ class Jobs:
         *,
         step: int | None = None,
         phase: Phase | None = None,
+        status: Literal["graded", "abstained", "failed"] | None = None,
         order: Literal["seq", "reward", "-reward"] | None = None,
         after: str | None = None,
         limit: int | None = None,
     ) -> Object:
-        return self._transport.get(self._path(job_id, "samples"), step=step, phase=phase, order=order, after=after, limit=limit)
+        query = {"step": step, "phase": phase, "status": status, "order": order, "after": after, "limit": limit}
+        return self._transport.get(self._path(job_id, "samples"), **query)
 
     def every_sample(self, job_id: str, *, step: int, phase: Phase) -> Iterator[Object]:
         return _every(lambda after: self.samples(job_id, step=step, phase=phase, after=after, limit=100))
@@ -144,6 +146,31 @@ class Graders:
 
     def delete(self, grader_id: str) -> Object:
         return self._transport.delete(f"graders/{_segment(grader_id)}")
+
+    def test(self, grader_id: str, *, version: int | None = None, file_id: str | None = None) -> Object:
+        """A report to poll with `report`."""
+        return self._transport.post(f"graders/{_segment(grader_id)}/test", {"version": version, "file_id": file_id})
+
+    def regrade(
+        self,
+        grader_id: str,
+        job_id: str,
+        *,
+        version: int | None = None,
+        step: int | None = None,
+        phase: Phase | None = None,
+        max_samples: int = 200,
+    ) -> Object:
+        """A report to poll with `report`: the job's samples scored by this grader, compared with their old scores."""
+        body = {"job_id": job_id, "version": version, "step": step, "phase": phase, "max_samples": max_samples}
+        return self._transport.post(f"graders/{_segment(grader_id)}/regrade", body)
+
+    def report(self, grader_id: str, report_id: str) -> Object:
+        return self._transport.get(f"graders/{_segment(grader_id)}/reports/{_segment(report_id)}")
+
+    def reports(self, grader_id: str, *, kind: str | None = None, after: str | None = None, limit: int | None = None) -> Object:
+        """One page, newest first."""
+        return self._transport.get(f"graders/{_segment(grader_id)}/reports", kind=kind, after=after, limit=limit)
 
     def run(self, grader: Object, model_sample: str, item: Object | None = None) -> Object:
         body: Object = {"grader": grader, "model_sample": model_sample}

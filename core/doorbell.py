@@ -10,6 +10,7 @@ HOUSEKEEPING_QUEUE = "housekeeping"
 WAKE = "worker.tasks.wake"
 VALIDATE = "housekeeping.celery_app.validate_jobs"
 PROBE = "housekeeping.celery_app.probe_graders"
+REPORTS = "housekeeping.celery_app.make_reports"
 SWEEP = "housekeeping.celery_app.sweep"
 
 
@@ -45,6 +46,9 @@ class Doorbell:
 
     def wake_probe(self) -> bool:
         return self._send(PROBE, HOUSEKEEPING_QUEUE)
+
+    def wake_reports(self) -> bool:
+        return self._send(REPORTS, HOUSEKEEPING_QUEUE)
 
     def _send(self, task: str, queue: str) -> bool:
         try:

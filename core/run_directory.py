@@ -98,6 +98,7 @@ class SampleLine(_Strict):
     attempts: int = 1
     latency_seconds: float = 0.0
     error: str | None = None
+    error_message: str | None = None
 
 
 class FileEntry(_Strict):

@@ -92,9 +92,11 @@ def delete_grader(session: Session, project_id: str, grader_id: str) -> None:
         raise _not_found(grader_id)
 
 
-def pin_grader(session: Session, project_id: str, grader_id: str) -> PinnedEndpointGrader:
-    """The newest version as a job stores it. Raises: NotFound."""
+def pin_grader(session: Session, project_id: str, grader_id: str, number: int | None = None) -> PinnedEndpointGrader:
+    """Version `number`, or the newest one, as a job stores it. Raises: NotFound."""
     grader, version = get_grader(session, project_id, grader_id)
+    if number is not None:
+        version = _version(session, grader.id, number)
     reference = f"{grader.id}@{version.version}"
     return PinnedEndpointGrader(
         type="endpoint", name=grader.name, secret_ref=reference, grader_version=reference, **_options(version).model_dump()

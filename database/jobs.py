@@ -11,7 +11,8 @@ from core.grader_specs import PinnedGraderSpec
 from core.lifecycle import REFUSAL_CODES, PauseReason, Status, sources_of
 from core.options import Options
 from database.checkpoints import drop_resume_points
-from database.models import Attempt, Job, clean_text
+from database.columns import clean_text
+from database.models import Attempt, Job
 from database.pages import Page
 from database.progress import add_event
 from database.sql import clock, fetch_page, insert_row, is_sqlite, new_id, update_row

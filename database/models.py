@@ -3,74 +3,14 @@
 Times are seconds since 1970 by the database's clock. Rows carry no relationships: what a function needs, it selects.
 """
 
-import re
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Dialect,
-    Double,
-    ForeignKey,
-    Index,
-    LargeBinary,
-    MetaData,
-    Text,
-    TypeDecorator,
-    UniqueConstraint,
-    text,
-)
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
 
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
-NAMING = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-    "pk": "pk_%(table_name)s",
-}
-
-
-class CleanText(TypeDecorator[str]):
-    """Text that both databases take: NUL and half surrogates, which completions may hold, become U+FFFD."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else clean_text(value)
-
-
-def clean_text(value: str) -> str:
-    return _UNSTORABLE.sub("\ufffd", value)
-
-
-class _Columns(DeclarativeBase):
-    __abstract__ = True
-    type_annotation_map = {  # noqa: RUF012 - read by DeclarativeBase
-        str: CleanText(),
-        float: Double(),
-        dict[str, Any]: JSON(none_as_null=True),
-        list[str]: JSON(none_as_null=True),
-    }
-
-
-class Base(_Columns):
-    __abstract__ = True
-    metadata = MetaData(naming_convention=NAMING)
-
-
-class BlobBase(_Columns):
-    __abstract__ = True
-    metadata = MetaData(naming_convention=NAMING)
-
-
-def _where(condition: str) -> dict[str, Any]:
-    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
-
-
-def _job_column() -> Mapped[str]:
-    return mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+from database.columns import Base as Base
+from database.columns import BlobBase as BlobBase
+from database.columns import job_column, where
 
 
 class Project(Base):
@@ -134,11 +74,42 @@ class GraderVersion(Base):
     created_at: Mapped[float]
 
 
+class GraderReport(Base):
+    """What housekeeping found out about one version of a grader, asked for through the API and claimed by a lease."""
+
+    __tablename__ = "grader_reports"
+    __table_args__ = (
+        Index(None, "grader_id", "created_at", "id"),
+        Index("ix_grader_reports_open", "created_at", **where("finished_at IS NULL")),
+    )
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    grader_id: Mapped[str] = mapped_column(ForeignKey("graders.id", ondelete="CASCADE"))
+    grader_version: Mapped[int]
+    kind: Mapped[str]
+    """`test` or `regrade`."""
+    request: Mapped[dict[str, Any]]
+    status: Mapped[str]
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    tries: Mapped[int]
+    """How often it was claimed."""
+    lease_token: Mapped[str | None]
+    lease_expires_at: Mapped[float | None]
+    passed: Mapped[bool | None]
+    """Of a test that is done."""
+    summary: Mapped[str | None]
+    result: Mapped[dict[str, Any] | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+
+
 class Model(Base):
     __tablename__ = "models"
     __table_args__ = (
-        Index("uq_models_shared_name", "name", unique=True, **_where("project_id IS NULL AND deleted_at IS NULL")),
-        Index("uq_models_project_name", "project_id", "name", unique=True, **_where("deleted_at IS NULL")),
+        Index("uq_models_shared_name", "name", unique=True, **where("project_id IS NULL AND deleted_at IS NULL")),
+        Index("uq_models_project_name", "project_id", "name", unique=True, **where("deleted_at IS NULL")),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
@@ -157,11 +128,11 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
-        Index("ix_jobs_queued", "priority", "created_at", **_where("status = 'queued'")),
-        Index("ix_jobs_running", "project_id", **_where("status = 'running'")),
-        Index("ix_jobs_validating", "created_at", **_where("status = 'validating_files'")),
-        Index("ix_jobs_probe", "probe_at", **_where("status = 'paused' AND pause_reason = 'grader_unavailable'")),
-        Index("ix_jobs_lease", "lease_expires_at", **_where("lease_expires_at IS NOT NULL")),
+        Index("ix_jobs_queued", "priority", "created_at", **where("status = 'queued'")),
+        Index("ix_jobs_running", "project_id", **where("status = 'running'")),
+        Index("ix_jobs_validating", "created_at", **where("status = 'validating_files'")),
+        Index("ix_jobs_probe", "probe_at", **where("status = 'paused' AND pause_reason = 'grader_unavailable'")),
+        Index("ix_jobs_lease", "lease_expires_at", **where("lease_expires_at IS NOT NULL")),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
@@ -220,7 +191,7 @@ class Job(Base):
 
 class Attempt(Base):
     __tablename__ = "attempts"
-    job_id: Mapped[str] = _job_column()
+    job_id: Mapped[str] = job_column()
     attempt: Mapped[int] = mapped_column(primary_key=True)
     worker: Mapped[str]
     host: Mapped[str]
@@ -251,7 +222,7 @@ class Event(Base):
 class Metric(Base):
     __tablename__ = "metrics"
     __table_args__ = (Index(None, "job_id", "seq", unique=True),)
-    job_id: Mapped[str] = _job_column()
+    job_id: Mapped[str] = job_column()
     step: Mapped[int] = mapped_column(primary_key=True)
     phase: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -265,7 +236,7 @@ class StepDigest(Base):
     """What a step computed, as one hash: a later attempt that does the step again is compared with it."""
 
     __tablename__ = "step_digests"
-    job_id: Mapped[str] = _job_column()
+    job_id: Mapped[str] = job_column()
     step: Mapped[int] = mapped_column(primary_key=True)
     phase: Mapped[str] = mapped_column(primary_key=True)
     digest: Mapped[str]
@@ -274,7 +245,7 @@ class StepDigest(Base):
 class Sample(Base):
     __tablename__ = "samples"
     __table_args__ = (Index(None, "job_id", "seq", unique=True), Index(None, "job_id", "step", "reward"))
-    job_id: Mapped[str] = _job_column()
+    job_id: Mapped[str] = job_column()
     step: Mapped[int] = mapped_column(primary_key=True)
     phase: Mapped[str] = mapped_column(primary_key=True)
     prompt_index: Mapped[int] = mapped_column(primary_key=True)
@@ -293,6 +264,7 @@ class Sample(Base):
     """How often the grader was called for this completion."""
     latency_seconds: Mapped[float]
     error: Mapped[str | None]
+    error_message: Mapped[str | None]
     seq: Mapped[int] = mapped_column(BigInteger)
 
 
@@ -300,7 +272,7 @@ class RelayOffset(Base):
     """How much of an attempt's file is stored: bytes up to a line's end, and lines."""
 
     __tablename__ = "relay_offsets"
-    job_id: Mapped[str] = _job_column()
+    job_id: Mapped[str] = job_column()
     attempt: Mapped[int] = mapped_column(primary_key=True)
     file: Mapped[str] = mapped_column(primary_key=True)
     offset: Mapped[int] = mapped_column(BigInteger)

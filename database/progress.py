@@ -18,7 +18,11 @@ from database.pages import Page
 from database.sql import clock, fetch_page, insert_row, new_id, now, upsert_rows
 
 MAX_METRICS = 10_000
+SAMPLE_PREFIX = "ftsample-"
+"""Before the sample's number in its job."""
+
 SampleOrder = Literal["seq", "reward", "-reward"]
+GradeStatus = Literal["graded", "abstained", "failed"]
 
 
 def add_event(
@@ -135,6 +139,9 @@ def list_samples(
     *,
     step: int | None = None,
     phase: Literal["train", "valid"] | None = None,
+    status: GradeStatus | None = None,
+    error: str | None = None,
+    grader_version: str | None = None,
     order: SampleOrder = "seq",
     min_reward: float | None = None,
     max_reward: float | None = None,
@@ -143,13 +150,16 @@ def list_samples(
 ) -> Page[Sample]:
     """Samples as they came, or by reward (those without a grade last). `after` is the `seq` of the last one seen.
 
+    `status` is what became of the grade, `error` the code of a failed one.
+
     Raises: InvalidRequest for an unknown `after`.
     """
     query = select(Sample).where(Sample.job_id == job_id)
-    if step is not None:
-        query = query.where(Sample.step == step)
-    if phase is not None:
-        query = query.where(Sample.phase == phase)
+    for column, value in ((Sample.step, step), (Sample.phase, phase), (Sample.error, error), (Sample.grader_version, grader_version)):
+        if value is not None:
+            query = query.where(column == value)
+    if status is not None:
+        query = query.where(_has_status(status))
     if min_reward is not None:
         query = query.where(Sample.reward >= min_reward)
     if max_reward is not None:
@@ -160,6 +170,31 @@ def list_samples(
         query = query.order_by(Sample.reward.is_(None), Sample.reward.desc() if order == "-reward" else Sample.reward)
     rows = list(session.execute(query.order_by(Sample.seq).limit(limit + 1)).scalars())
     return Page(rows[:limit], len(rows) > limit)
+
+
+def spread_samples(
+    session: Session, job_id: str, *, step: int | None, phase: Literal["train", "valid"] | None, limit: int
+) -> tuple[list[Sample], int]:
+    """At most `limit` graded samples, evenly spread over the job, and the number of those that it has."""
+    query = select(Sample).where(Sample.job_id == job_id, Sample.reward.is_not(None))
+    if step is not None:
+        query = query.where(Sample.step == step)
+    if phase is not None:
+        query = query.where(Sample.phase == phase)
+    order = (Sample.step, Sample.phase, Sample.prompt_index, Sample.g)
+    rank = func.row_number().over(order_by=order).label("rank")
+    ranked = query.with_only_columns(Sample.seq, rank, func.count().over().label("count")).subquery()
+    total = session.execute(select(func.max(ranked.c.count))).scalar_one() or 0
+    stride = max(1, -(-total // limit))
+    kept = select(ranked.c.seq).where((ranked.c.rank - 1) % stride == 0)
+    rows = session.execute(query.where(Sample.seq.in_(kept)).order_by(*order)).scalars()
+    return list(rows), total
+
+
+def _has_status(status: GradeStatus) -> Any:
+    if status == "graded":
+        return Sample.reward.is_not(None)
+    return and_(Sample.reward.is_(None), Sample.error.is_(None) if status == "abstained" else Sample.error.is_not(None))
 
 
 def _behind_sample(session: Session, query: Select[Sample], order: SampleOrder, after: int) -> Any:

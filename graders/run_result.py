@@ -11,8 +11,11 @@ OUTAGES = frozenset({GradeFailure.TIMEOUT, GradeFailure.CONNECTION, GradeFailure
 JUDGE_OUTAGES = OUTAGES | {GradeFailure.INVALID_JSON}
 
 
-def run_result(grade: Grade, *, name: str, kind: str) -> dict[str, Any]:
-    """The body of the answer. `reward` is null when the grade failed or abstained: there is no number to give."""
+def run_result(grade: Grade, *, name: str, kind: str, lacks_json: bool = False) -> dict[str, Any]:
+    """The body of the answer. `reward` is null when the grade failed or abstained: there is no number to give.
+
+    `lacks_json`: the grader looks at `sample.output_json` and the text is no JSON.
+    """
     return {
         "reward": grade.reward,
         "sub_rewards": grade.sub_scores,
@@ -28,7 +31,7 @@ def run_result(grade: Grade, *, name: str, kind: str) -> dict[str, Any]:
             "abstained": grade.abstained,
             "attempts": grade.attempts,
             "error": None if grade.error is None else {"code": grade.error, "message": grade.error_message},
-            "errors": error_flags(grade),
+            "errors": {**error_flags(grade), "sample_parse_error": lacks_json},
         },
     }
 

@@ -83,6 +83,12 @@ def check_syntax(spec: GraderSpec | PinnedGraderSpec, param: str = "grader", *, 
                 raise InvalidVariable(message, variable, param=field)
 
 
+def names_output_json(spec: GraderSpec | PinnedGraderSpec) -> bool:
+    """Whether a template of `spec` looks at the completion as JSON."""
+    variables = [variable for _, template in _templates(spec, "") for variable in template_variables(template)]
+    return any(variable.startswith("sample.output_json") for variable in variables)
+
+
 def check_templates(spec: GraderSpec | PinnedGraderSpec, item: dict[str, Any], line: int, param: str = "grader") -> None:
     """That the row on `line` has every `item` variable that `spec` names. Raises: InvalidVariable naming field and line."""
     for field, template in _templates(spec, param):

@@ -5,11 +5,12 @@ import time
 from functools import cache
 from typing import NamedTuple
 
-from core.doorbell import HOUSEKEEPING_QUEUE, PROBE, SWEEP, VALIDATE, make_celery
+from core.doorbell import HOUSEKEEPING_QUEUE, PROBE, REPORTS, SWEEP, VALIDATE, make_celery
 from core.settings import load_settings
 from database.secrets import load_secrets
 from housekeeping.context import Housekeeping, open_housekeeping
 from housekeeping.probe_graders import GraderProbe
+from housekeeping.reports import make_waiting_reports
 from housekeeping.sweep import Sweep
 from housekeeping.validate_job import validate_waiting_jobs
 
@@ -48,6 +49,10 @@ def _validate_jobs() -> None:
     validate_waiting_jobs(this_process().housekeeping)
 
 
+def _make_reports() -> None:
+    make_waiting_reports(this_process().housekeeping)
+
+
 def _sweep() -> None:
     this_process().sweep.run(time.monotonic())
 
@@ -58,4 +63,5 @@ def _probe_graders() -> None:
 
 probe_graders = app.task(name=PROBE)(_probe_graders)
 validate_jobs = app.task(name=VALIDATE)(_validate_jobs)
+make_reports = app.task(name=REPORTS)(_make_reports)
 sweep = app.task(name=SWEEP)(_sweep)

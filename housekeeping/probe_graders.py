@@ -97,7 +97,7 @@ class GraderProbe:
     async def _grade(self, job: Job) -> Grade:
         with self._housekeeping.database.reading() as session:
             secrets = read_job_secrets(session, self._secrets, job)
-        grader = build_grader(_PINNED.validate_python(job.grader), secrets, self._network)
+        grader = build_grader(_PINNED.validate_python(job.grader), secrets, self._network, self._housekeeping.limits(job.project_id))
         try:
             return await grader.grade(self._question(job))
         finally:

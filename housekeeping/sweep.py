@@ -6,6 +6,7 @@ import threading
 from database.jobs import jobs_to_validate
 from database.leases import count_queued, expire_leases
 from database.probes import is_probe_due
+from database.reports import is_report_due
 from housekeeping.context import Housekeeping
 
 logger = logging.getLogger("hone.housekeeping")
@@ -55,13 +56,16 @@ class Sweep:
                         logger.warning("%d jobs went back to the queue: their workers stopped answering", requeued)
                 num_queued = count_queued(session)
                 is_validation_due = bool(jobs_to_validate(session, 1))
-                is_due = is_probe_due(session)
+                is_a_probe_due = is_probe_due(session)
+                are_reports_due = is_report_due(session)
         except Exception:
             self._last_reached = None
             raise
         self._ring(num_queued, is_validation_due=is_validation_due)
-        if is_due:
+        if is_a_probe_due:
             housekeeping.doorbell.wake_probe()
+        if are_reports_due:
+            housekeeping.doorbell.wake_reports()
         if now - self._collected_at >= COLLECT_SECONDS:
             self._collected_at = now
             housekeeping.blobs.collect()

@@ -15,6 +15,7 @@ commands = typer.Typer(help="Hone: reinforcement fine-tuning on your own machine
 commands.add_typer(cli_models.commands, name="models")
 commands.add_typer(cli_jobs.commands, name="jobs")
 commands.add_typer(cli_graders.graders, name="graders")
+commands.add_typer(cli_graders.graders, name="grader", hidden=True)
 commands.add_typer(cli_graders.files, name="files")
 commands.command("verify-run")(cli_verify.verify_run)
 

@@ -110,6 +110,7 @@ class Recorder:
             attempts=entry.attempts,
             latency_seconds=entry.latency_seconds,
             error=entry.error,
+            error_message=entry.error_message,
         )
 
 

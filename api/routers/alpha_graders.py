@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 
 from api.auth import Caller, GraderWriter
 from api.bodies import JsonBody, documents, parse_body
-from api.grading import check_sources, masked, pin, run_limits, run_once, secrets_of
+from api.grading import check_sources, lacks_json, masked, pin, run_limits, run_once, secrets_of
 from api.requests import RunGrader, RunGraderBody, ValidateGrader, ValidateGraderBody
 from api.schemas import GraderRun, GraderValidation
 from api.services import Services, get_services
@@ -55,9 +55,9 @@ def _run(body: Any, caller: Caller, services: Services) -> GraderRun:
     with services.database.reading() as session:
         pinned = pin(session, caller.project_id, spec, "grader")
         secrets = secrets_of(session, services.secrets, pinned)
-    limits = run_limits(services.settings, caller.project_id)
-    grade = run_once(pinned.spec, secrets, services.network, request, limits)
-    return GraderRun.model_validate(run_result(grade, name=pinned.spec.name or spec.type, kind=spec.type))
+    grade = run_once(pinned.spec, secrets, services.network, request, run_limits(services.settings, caller.project_id))
+    name, no_json = pinned.spec.name or spec.type, lacks_json(pinned.spec, request)
+    return GraderRun.model_validate(run_result(grade, name=name, kind=spec.type, lacks_json=no_json))
 
 
 def _validate(body: Any, caller: Caller, services: Services) -> GraderValidation:

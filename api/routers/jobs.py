@@ -1,10 +1,12 @@
 """Fine-tuning jobs: create, watch, cancel."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request
+from sqlalchemy.orm import Session
 
 from api.auth import JobReader, JobWriter
 from api.bodies import JsonBody, documents
@@ -15,19 +17,22 @@ from api.services import Services, get_services
 from api.submission import submit_job
 from api.views import (
     DIGEST_PREFIX,
-    SAMPLE_PREFIX,
+    Version,
     checkpoint_view,
     digest_view,
     event_view,
     job_view,
     metric_view,
+    registered_versions,
     sample_view,
     state_view,
 )
 from core.errors import InvalidRequest
+from database import models
 from database.checkpoints import list_checkpoints, list_states
 from database.jobs import cancel_job, get_job, list_jobs
-from database.progress import list_digests, list_events, list_metrics, list_samples
+from database.progress import SAMPLE_PREFIX, list_digests, list_events, list_metrics, list_samples
+from database.reports import newest_tests
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 HasServices = Annotated[Services, Depends(get_services)]
@@ -55,8 +60,7 @@ EXAMPLE: dict[str, Any] = {
 @router.post("", openapi_extra=documents(CreateJobBody, grpo=EXAMPLE))
 async def create_job(body: JsonBody, caller: JobWriter, services: HasServices) -> Job:
     """Submits a job. Its files are read afterwards, while its status is `validating_files`."""
-    job = await to_thread.run_sync(partial(submit_job, services, caller.project_id, body), limiter=services.submissions)
-    return job_view(job, services.settings.organization_id)
+    return await to_thread.run_sync(partial(_create, services, caller.project_id, body), limiter=services.submissions)
 
 
 @router.get("")
@@ -64,21 +68,22 @@ def list_all_jobs(request: Request, caller: JobReader, services: HasServices, af
     """The project's jobs, newest first. `metadata[key]=value` keeps those with all given pairs, `metadata=null` those without any."""
     with services.database.reading() as session:
         page = list_jobs(session, caller.project_id, after=after, limit=limit, metadata=_metadata_filter(request))
-        return list_page(page, lambda job: job_view(job, services.settings.organization_id))
+        tests = _tests(session, page.items)
+        return list_page(page, lambda job: job_view(job, services.settings.organization_id, tests))
 
 
 @router.get("/{job_id}")
 def retrieve_job(job_id: str, caller: JobReader, services: HasServices) -> Job:
     """One job as it stands."""
     with services.database.reading() as session:
-        return job_view(get_job(session, caller.project_id, job_id), services.settings.organization_id)
+        return _shown(session, services, get_job(session, caller.project_id, job_id))
 
 
 @router.post("/{job_id}/cancel")
 def cancel(job_id: str, caller: JobWriter, services: HasServices) -> Job:
     """Cancels at once, as far as the status goes; a running trainer stops within 45 seconds. Checkpoints stay."""
     with services.database.transaction() as session:
-        return job_view(cancel_job(session, caller.project_id, job_id), services.settings.organization_id)
+        return _shown(session, services, cancel_job(session, caller.project_id, job_id))
 
 
 @router.get("/{job_id}/events")
@@ -134,6 +139,9 @@ def list_job_samples(
     services: HasServices,
     step: Annotated[int | None, Query(ge=0, le=MAX_STEP)] = None,
     phase: Literal["train", "valid"] | None = None,
+    status: Annotated[Literal["graded", "abstained", "failed"] | None, Query(description="What became of the grade.")] = None,
+    error: Annotated[str | None, Query(max_length=64, description="The code of a grade that failed.")] = None,
+    grader_version: Annotated[str | None, Query(max_length=256)] = None,
     order: Annotated[Literal["seq", "reward", "-reward"], Query(description="As stored, or by reward from the lowest or highest.")] = "seq",
     min_reward: Reward = None,
     max_reward: Reward = None,
@@ -148,6 +156,9 @@ def list_job_samples(
             job_id,
             step=step,
             phase=phase,
+            status=status,
+            error=error,
+            grader_version=grader_version,
             order=order,
             min_reward=min_reward,
             max_reward=max_reward,
@@ -155,6 +166,21 @@ def list_job_samples(
             limit=limit,
         )
         return list_page(page, sample_view)
+
+
+def _create(services: Services, project_id: str, body: Any) -> Job:
+    job = submit_job(services, project_id, body)
+    with services.database.reading() as session:
+        return _shown(session, services, job)
+
+
+def _shown(session: Session, services: Services, job: models.Job) -> Job:
+    return job_view(job, services.settings.organization_id, _tests(session, [job]))
+
+
+def _tests(session: Session, jobs: Sequence[models.Job]) -> dict[Version, models.GraderReport]:
+    """The newest test of every registered grader's version that one of `jobs` uses."""
+    return newest_tests(session, [version for job in jobs for version in registered_versions(job)])
 
 
 def _number_of(after: str | None, prefix: str, largest: int) -> int | None:

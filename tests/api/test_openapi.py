@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from api.app import create_app
-from api.requests import CreateApiKey, CreateGrader, CreateModel, UpdateGrader
+from api.requests import CreateApiKey, CreateGrader, CreateModel, ProbeGrader, RegradeJob, UpdateGrader
 from core.specs import parse_grader, parse_job_request
 
 DOCUMENT = create_app().openapi()
@@ -16,6 +16,8 @@ OPERATIONS = [
 MODELS: dict[str, Any] = {
     "POST /v1/graders": CreateGrader,
     "POST /v1/graders/{grader_id}": UpdateGrader,
+    "POST /v1/graders/{grader_id}/test": ProbeGrader,
+    "POST /v1/graders/{grader_id}/regrade": RegradeJob,
     "POST /v1/models": CreateModel,
     "POST /v1/admin/api_keys": CreateApiKey,
 }
@@ -24,7 +26,8 @@ MODELS: dict[str, Any] = {
 @pytest.mark.parametrize(("name", "operation"), OPERATIONS, ids=[name for name, _ in OPERATIONS])
 def test_operation_is_described_typed_and_has_its_errors(name: str, operation: dict[str, Any]) -> None:
     assert operation["description"] or operation["summary"]
-    content = operation["responses"]["200"]["content"] if not name.endswith("/content") else {}
+    success = operation["responses"].get("200") or operation["responses"]["202"]
+    content = success["content"] if not name.endswith("/content") else {}
     assert all("$ref" in media["schema"] for media in content.values())
     if "security" in operation:
         assert {"400", "401", "403", "404"} <= operation["responses"].keys()

@@ -13,6 +13,7 @@ from database.models import Event, File, Job
 from database.probes import is_probe_due, take_probe
 from database.progress import list_digests, list_events, list_metrics, list_samples
 from database.projects import find_api_key
+from database.reports import claim_report, is_report_due, list_reports, newest_tests
 from database.session import open_database
 from tests.database.rows import claim
 
@@ -30,6 +31,10 @@ POLLED = {
     "metrics": lambda session: list_metrics(session, "ftjob-a", after=7),
     "digests": lambda session: list_digests(session, "ftjob-a", after=None, limit=5),
     "samples": lambda session: list_samples(session, "ftjob-a", step=3, order="reward"),
+    "reports due": is_report_due,
+    "claim report": lambda session: claim_report(session, 60.0),
+    "reports": lambda session: list_reports(session, "proj_a", "grader_a", kind=None, after=None, limit=5),
+    "newest tests": lambda session: newest_tests(session, [("grader_a", 1)]),
     "api key": lambda session: find_api_key(session, "hone-x"),
 }
 

@@ -14,6 +14,7 @@ from database.progress import (
     list_metrics,
     list_samples,
     relay_offset,
+    spread_samples,
     store_events,
     store_metrics,
     store_samples,
@@ -229,6 +230,44 @@ def test_samples_are_listed_as_they_came_or_by_reward_with_ungraded_last(databas
         with pytest.raises(InvalidRequest) as caught:
             list_samples(session, held.job.id, after=10**9)
     assert caught.value.param == "after"
+
+
+def test_samples_are_told_apart_by_what_became_of_their_grade(database):
+    _, held = make_running(database)
+    lines = [
+        sample_line(1, 0, 0.0),
+        sample_line(1, 1, None),
+        sample_line(1, 2, None, error="grader_timeout", error_message="No answer within 5 seconds."),
+        sample_line(1, 3, None, error="grader_http_error", grader_version="grader_a@2"),
+    ]
+    store(database, store_samples, held, SAMPLES, 9, lines)
+    with database.reading() as session:
+
+        def found(**options):
+            return [sample.g for sample in list_samples(session, held.job.id, **options).items]
+
+        assert [found(status=status) for status in ("graded", "abstained", "failed")] == [[0], [1], [2, 3]]
+        assert (found(error="grader_timeout"), found(error="grader_timeout", status="graded")) == ([2], [])
+        assert (found(grader_version="grader_a@2"), found(grader_version="inline", order="reward")) == ([3], [0, 1, 2])
+        (timeout,) = list_samples(session, held.job.id, error="grader_timeout").items
+    assert timeout.error_message == "No answer within 5 seconds."
+
+
+def test_samples_to_grade_again_are_spread_evenly_over_the_graded_ones(database):
+    _, held = make_running(database)
+    lines = [sample_line(step, g, None if g == 1 else 0.5) for step in range(1, 6) for g in range(3)]
+    store(database, store_samples, held, SAMPLES, 9, [*lines, sample_line(5, 0, 1.0, phase="valid")])
+    with database.reading() as session:
+
+        def spread(limit, step=None, phase=None):
+            samples, total = spread_samples(session, held.job.id, step=step, phase=phase, limit=limit)
+            return [(sample.step, sample.g) for sample in samples], total
+
+        assert spread(100, phase="train") == ([(step, g) for step in range(1, 6) for g in (0, 2)], 10)
+        assert spread(5, phase="train") == ([(step, 0) for step in range(1, 6)], 10)
+        assert spread(4, phase="train")[0] == [(1, 0), (2, 2), (4, 0), (5, 2)]
+        assert spread(100, step=5, phase="valid") == ([(5, 0)], 1)
+        assert spread(100, step=9) == ([], 0)
 
 
 def test_a_hostile_completion_is_stored_readable(database):

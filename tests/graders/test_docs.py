@@ -23,12 +23,13 @@ from graders.build import build_grader
 from graders.calls import RETRIED_STATUSES, RetryPolicy
 from graders.check import check_grader, check_programs
 from graders.formula import FUNCTIONS
-from graders.grade import GradeFailure
+from graders.grade import Grade, GradeFailure, GradeRequest
+from graders.probe import MAX_ROWS, NUM_TIMED, probe_grader
 from graders.python_sandbox import PythonGrader
 from graders.reply import parse_reply
 from outbound.safe_http import NetworkPolicy
 from tests.fake_endpoint import LOOPBACK, FakeEndpoint, score
-from tests.graders.helpers import SECRET, base_url, endpoint_grader, grade, request, verdict
+from tests.graders.helpers import SECRET, base_url, endpoint_grader, endpoint_spec, grade, request, verdict
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/graders.md").read_text()
@@ -73,6 +74,13 @@ def wait_for(port: int) -> None:
     raise AssertionError(f"nothing listens on {port}")
 
 
+class FullMarks:
+    async def grade(self, request: GradeRequest) -> Grade:
+        return Grade(1.0)
+
+    async def close(self) -> None: ...
+
+
 def test_the_page_shows_every_kind() -> None:
     assert {spec["type"] for spec in SPECS} == set(GRADER_TYPES)
 
@@ -108,17 +116,30 @@ def test_judge_of_the_page_grades(kind: str, result: Any, reward: float) -> None
     assert (graded.reward, graded.error) == (reward, None)
 
 
-def test_server_of_the_page_grades_signed_calls_and_refuses_others(tmp_path: Path) -> None:
-    (source,) = [text for text in blocks("python") if text.startswith("# grader.py")]
-    (tmp_path / "grader.py").write_text(source)
+def test_server_of_the_page_is_the_example_grades_signed_calls_and_refuses_others() -> None:
+    (shown,) = [text for text in blocks("python") if text.startswith("# fastapi_grader.py")]
+    example = (ROOT / "examples/fastapi_grader.py").read_text()
+    assert example.endswith(shown.removeprefix("# fastapi_grader.py\n"))
+    assert len(example.splitlines()) <= 20
     port = free_port()
-    with program(str(tmp_path / "grader.py"), GRADER_SECRET=SECRET, PORT=str(port)):
+    command = ("-m", "uvicorn", "examples.fastapi_grader:app", "--port", str(port), "--log-level", "warning")
+    with program(*command, GRADER_SECRET=SECRET):
         wait_for(port)
         url = f"http://127.0.0.1:{port}/"
-        assert [grade(endpoint_grader(url), request(text)).reward for text in ("it is 4", "it is 5")] == [1.0, 0.0]
-        assert grade(endpoint_grader(url), request("4")).sub_scores == {"length": 1.0}
+        assert [grade(endpoint_grader(url), request(text)).reward for text in (" 4", "it is 5")] == [1.0, 0.0]
         refused = grade(endpoint_grader(url, signing_secret=None))
         assert (refused.reward, refused.error) == (None, "grader_http_error")
+        assert "HTTP 401" in (refused.error_message or "")
+
+
+def test_probes_on_the_page_are_the_code_s() -> None:
+    section = PAGE.split("## Testing an endpoint")[1].split("\n## ")[0]
+    named = {name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)}
+    batched = endpoint_spec("http://localhost/").model_copy(update={"format": "batch"})
+    report = asyncio.run(probe_grader(FullMarks(), batched))
+    assert named == {finding.probe for finding in report.findings}
+    assert f"the first {MAX_ROWS} are used" in section
+    assert f"{NUM_TIMED} calls one after the other" in section
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ class SilentBell(Doorbell):
         self.rung.append("probe")
         return True
 
+    def wake_reports(self) -> bool:
+        self.rung.append("reports")
+        return True
+
 
 @pytest.fixture
 def housekeeping(settings: Settings, database: Database) -> Housekeeping:
