@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import func, select, update
 from standardwebhooks import Webhook
 
@@ -31,9 +32,9 @@ only_sqlite = pytest.mark.parametrize("settings", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-def housekeeping(settings: Settings, database: Database) -> Housekeeping:
+def housekeeping(settings: Settings, database: Database, valkey_url: str) -> Housekeeping:
     ensure_secret_key(settings)
-    settings = settings.model_copy(update={"allowed_private_networks": LOOPBACK})
+    settings = settings.model_copy(update={"allowed_private_networks": LOOPBACK, "broker_url": SecretStr(valkey_url)})
     return Housekeeping(settings, database, BlobStore(database, settings), SilentBell())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import select, update
 
 from core.grader_specs import EndpointOptions
@@ -36,8 +37,8 @@ TOKEN = "Bearer report-token"
 
 
 @pytest.fixture
-def housekeeping(settings: Settings, database: Database) -> Housekeeping:
-    settings = settings.model_copy(update={"allowed_private_networks": LOOPBACK})
+def housekeeping(settings: Settings, database: Database, valkey_url: str) -> Housekeeping:
+    settings = settings.model_copy(update={"allowed_private_networks": LOOPBACK, "broker_url": SecretStr(valkey_url)})
     ensure_secret_key(settings)
     return Housekeeping(settings, database, BlobStore(database, settings), SilentBell())
 

@@ -83,5 +83,5 @@ def test_the_command_line_upgrades_the_home_that_the_environment_names(tmp_path)
     environment = {"HONE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "migrations", "upgrade"]
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
-    assert result.stdout.splitlines() == ["main: 0002", "blobs: 0001"], result.stderr
+    assert result.stdout.splitlines() == ["main: 0003", "blobs: 0001"], result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"hone.db", "blobs.db"}
