@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.machine import describe_commit, describe_machine
-from benchmarks.measured_step import MeasuredStep, Seconds, make_options, best_seconds, now, prepare_machine
+from benchmarks.measured_step import MeasuredStep, Seconds, best_seconds, make_options, now, prepare_machine
 from benchmarks.operations import Needs, Shape, Work, optimizer_needs, rollout_needs, update_needs
 from trainer.policy import load_model
 from trainer.tokens import load_tokenizer

@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from benchmarks.machine import describe_commit, describe_machine
-from benchmarks.measured_step import MeasuredStep, make_options, best_seconds, number_tokenizer, prepare_machine, random_model
+from benchmarks.measured_step import MeasuredStep, best_seconds, make_options, number_tokenizer, prepare_machine, random_model
 from benchmarks.operations import Shape, Work, rollout_needs, update_needs
 
 FACTORS = (1, 2, 4)
