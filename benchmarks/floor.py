@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 HEAD_ROWS = 682
 """What the trainer gives to the head at once for 49,152 tokens: trainer.logprobs.MAX_CHUNK_LOGITS."""
 
-READ_BYTES = 2**30
+ARRAY_BYTES = 2**29
 REPEATS = 3
 Product = Callable[[Tensor], Tensor]
 
@@ -40,7 +40,7 @@ class Limits:
     """Operations in products of as many rows as there are tokens in the update."""
 
     bytes: float
-    """Read from memory."""
+    """To and from memory."""
 
     def best(self, other: "Limits") -> "Limits":
         return Limits(max(self.decode, other.decode), max(self.update, other.update), max(self.bytes, other.bytes))
@@ -50,7 +50,7 @@ def measure_limits(shape: Shape, work: Work, dtype: torch.dtype, device: torch.d
     return Limits(
         decode=product_rate(shape, work.rows, dtype, device),
         update=product_rate(shape, work.packed_tokens, dtype, device),
-        bytes=read_rate(device),
+        bytes=memory_rate(device),
     )
 
 
@@ -81,10 +81,15 @@ def make_packed(weight: Tensor, rows: int) -> Product:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def read_rate(device: torch.device) -> float:
-    """Bytes per second of a sum over numbers that fit no cache."""
-    numbers = torch.ones(READ_BYTES // 4, device=device)
-    return READ_BYTES / _fastest(numbers.sum, device)
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second to and from memory, of numbers that fit no cache: of a sum, a copy and an addition the fastest."""
+    first, second, target = (torch.ones(ARRAY_BYTES // 4, device=device) for _ in range(3))
+    streams: list[tuple[int, Callable[[], object]]] = [
+        (1, first.sum),
+        (2, lambda: target.copy_(first)),
+        (3, lambda: torch.add(first, second, out=target)),
+    ]
+    return max(count * ARRAY_BYTES / _fastest(work, device) for count, work in streams)
 
 
 @torch.inference_mode()

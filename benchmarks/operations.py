@@ -118,8 +118,8 @@ def update_needs(shape: Shape, work: Work) -> Needs:
 
 
 def optimizer_needs(shape: Shape) -> Needs:
-    """AdamW with float32 state, and the gradient once more for its norm."""
-    return Needs(0.0, FLOAT32_BYTES * shape.parameters * (ADAMW_READS + ADAMW_WRITES + 1))
+    """AdamW with float32 state; the gradient's norm is taken before, in the update."""
+    return Needs(0.0, FLOAT32_BYTES * shape.parameters * (ADAMW_READS + ADAMW_WRITES))
 
 
 def _causal_pairs(tokens: int) -> int:

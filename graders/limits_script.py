@@ -37,6 +37,7 @@ while #mine.given > wanted do table.remove(mine.given) end
 mine.held = held
 all[me] = mine
 for _, entry in pairs(all) do
+  if entry.waits_until <= now then entry.given = {} end -- given to one that has not come for it
   local number = entry.held + #entry.given
   held_by[entry.owner] = (held_by[entry.owner] or 0) + number
   total = total + number

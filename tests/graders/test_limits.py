@@ -19,7 +19,7 @@ from core.errors import GraderError
 from core.grader_specs import CallOptions
 from graders.limits import SharedLimiter, SharedLimits
 from tests.fake_endpoint import FakeEndpoint, score
-from tests.graders.helpers import endpoint_grader, grade
+from tests.graders.helpers import endpoint_grader, grade, request
 from tests.servers import RestartableRedis, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -255,10 +255,10 @@ def test_who_holds_a_place_goes_on_while_the_broker_is_away() -> None:
     async def run(broker: RestartableRedis, endpoint: FakeEndpoint) -> list[Any]:
         limits = SharedLimits(broker.url, "project", "job", **{**READY, "away_seconds": 0.5})
         grader = endpoint_grader(endpoint, max_concurrency=1, make_limiter=limits)
-        holding = asyncio.create_task(grader.grade(one_request("holding")))
+        holding = asyncio.create_task(grader.grade(request(idempotency_key="holding")))
         await asyncio.to_thread(endpoint.wait_for_requests, 1)
         broker.kill()
-        waiting = asyncio.create_task(grader.grade(one_request("waiting")))
+        waiting = asyncio.create_task(grader.grade(request(idempotency_key="waiting")))
         held.clear()
         grades = [await holding, await waiting]
         await grader.close()
@@ -271,12 +271,6 @@ def test_who_holds_a_place_goes_on_while_the_broker_is_away() -> None:
     assert (holding.reward, holding.attempts) == (0.5, 1)
     assert (waiting.reward, waiting.error, waiting.attempts) == (None, "grader_limits_unavailable", 0)
     assert waiting.is_outage
-
-
-def one_request(name: str) -> Any:
-    from tests.graders.helpers import request
-
-    return request(idempotency_key=name)
 
 
 def test_without_a_broker_no_call_begins_and_none_is_a_number() -> None:

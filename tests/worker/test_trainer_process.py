@@ -44,6 +44,15 @@ def test_secrets_larger_than_a_pipe_arrive_whole(tmp_path: Path) -> None:
     assert (tmp_path / "trainer.log").read_text() == "300000\n"
 
 
+def test_the_broker_is_told_by_the_pipe_alone(tmp_path: Path) -> None:
+    limits = {"broker_url": "redis://:hush-hush@broker/0", "scope": "project", "owner": "job"}
+    code = "import json, os, sys; print(json.load(open(int(sys.argv[3])))['limits'] == %r, 'hush' in str(os.environ) + str(sys.argv[1:]))"
+    process = start([sys.executable, "-c", code % limits], tmp_path, {}, trainer_environment(1), limits)
+    wait_for(process.has_ended)
+    assert process.reap(5) == 0
+    assert (tmp_path / "trainer.log").read_text() == "True False\n"
+
+
 def test_child_that_never_reads_its_secrets_hinders_nobody(tmp_path: Path) -> None:
     process = start([sys.executable, "-c", "raise SystemExit(7)"], tmp_path, {"a": {"headers": {"x": "y" * 500_000}}}, {})
     wait_for(process.has_ended)
