@@ -196,6 +196,17 @@ def test_wrong_answer_is_0_and_a_broken_grader_is_null(owner: Account) -> None:
     assert broken["metadata"]["error"]["code"] == "invalid_variable_error"
 
 
+def test_sample_that_is_no_json_is_flagged_beside_its_reward(owner: Account) -> None:
+    """A wrong answer, not a broken grader; and no flag where nobody looks at the JSON."""
+    grader = STRING_CHECK | {"input": "{{sample.output_json.sum}}"}
+    no_json = run(owner, grader, item={"answer": "4"}, model_sample="4 is it")
+    assert (no_json["reward"], raised(no_json["metadata"]["errors"])) == (0.0, {"sample_parse_error"})
+    found = run(owner, grader, item={"answer": "4"}, model_sample='{"sum": 4}')
+    assert (found["reward"], raised(found["metadata"]["errors"])) == (1.0, set())
+    assert raised(run(owner, STRING_CHECK, item={"answer": "4"}, model_sample="4 is it")["metadata"]["errors"]) == set()
+    assert found["metadata"]["execution_time"] > 0
+
+
 def test_run_of_a_multi_grader_shows_its_parts(owner: Account) -> None:
     grader = {"type": "multi", "graders": {"exact": STRING_CHECK, "long": PYTHON}, "calculate_output": "exact + long / 2"}
     body = run(owner, grader, item={"answer": "4", "wanted": 2})

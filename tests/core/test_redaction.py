@@ -15,10 +15,11 @@ SECRET = "tok+en/with=odd&chars-5f1c2e77"
 @pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
 def test_secret_inside_base64_is_masked_wherever_it_begins(before: str, after: str, encode: object) -> None:
     assert callable(encode)
-    cleaned = Redactor([SECRET]).clean(encode(f"{before}{SECRET}{after}".encode()).decode())
-    assert MASK in cleaned
-    left = base64.urlsafe_b64decode(cleaned.replace(MASK, "").replace("+", "-").replace("/", "_").rstrip("=") + "==")
-    assert not any(SECRET[at : at + 4].encode() in left for at in range(len(SECRET) - 3))
+    encoded = encode(f"{before}{SECRET}{after}".encode()).decode()
+    cleaned = Redactor([SECRET]).clean(encoded)
+    assert cleaned.count(MASK) == 1
+    num_left = len(cleaned) - len(MASK)
+    assert num_left <= len(encode(f"{before}{after}".encode())) + 4  # of the secret no more than a byte at each end
 
 
 @pytest.mark.parametrize(
