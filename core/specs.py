@@ -129,11 +129,11 @@ def parse_job_request(raw: Any) -> JobRequest:
 def request_error(error: ValidationError, model: type[BaseModel], raw: Any, prefix: str) -> InvalidRequest:
     """The first error of `error` in the API's words. What came in place of a secret, or around one, is not repeated.
 
-    Of a field that takes several types, it is the error of the type that came.
+    Of a field that takes text or a list, it is the list's error where a list came.
     """
     errors = error.errors(include_url=False, include_context=False)
     path = _path_in(raw, errors[0]["loc"])
-    alike = [detail for detail in errors if _path_in(raw, detail["loc"]) == path]
+    alike = [detail for detail in errors if isinstance(errors[0].get("input"), list) and _path_in(raw, detail["loc"]) == path]
     first = next((detail for detail in alike if not detail["type"].endswith("_type")), errors[0])
     param = ".".join([prefix, *path] if prefix else path) or None
     if first["type"] == "missing":
