@@ -14,7 +14,8 @@ from torch import Tensor
 from core.errors import InvalidRequest
 from trainer.batch import Prompt, Rollout, Support
 from trainer.engine_generic import GenericEngine
-from trainer.engine_native import NativeEngine, is_native
+from trainer.engine_families import is_native
+from trainer.engine_native import NativeEngine
 from trainer.engine_sampling import kept_ids, kept_tokens, sample_tokens
 from trainer.policy import Policy
 from trainer.random import Purpose, uniforms

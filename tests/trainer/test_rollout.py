@@ -18,7 +18,7 @@ from core.errors import InvalidRequest
 from tests.tiny import build_tiny_tokenizer
 from tests.trainer.batches import batch_of_rollouts, make_policy, make_prompts, make_sampling, sample
 from trainer import rollout as module
-from trainer.engine_native import is_native
+from trainer.engine_families import is_native
 from trainer.engine_sampling import sample_tokens
 from trainer.random import Purpose
 from trainer.rollout import RolloutEngine, fill_holes
