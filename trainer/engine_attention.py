@@ -35,7 +35,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, att
         )
     repeats = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
-    scores = (query @ keys.transpose(-1, -2)).float() * (attention.scale / attention.soft_cap)
+    scores = query.float() @ keys.float().transpose(-1, -2) * (attention.scale / attention.soft_cap)
     scores = scores.tanh_().mul_(attention.soft_cap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

@@ -37,10 +37,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Angles:
-    """Rotary positions: cosines and sines [positions, head size], the halves of a head rotated together."""
+    """Rotary positions [positions, head size]: states * cos + (states with their halves swapped) * sin."""
 
     cos: Tensor
     sin: Tensor
+    """Negative in the first half."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Attention:
     """What a layer's attention does with queries, keys and values of `Decoder.head_size`."""
 
     scale: float
-    angles: Angles | None
+    angles: str | None
+    """Which of `Decoder.angles` turn queries and keys."""
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     window: int | None = None
@@ -86,6 +88,7 @@ class Decoder:
     heads: int
     kv_heads: int
     head_size: int
+    angles: dict[str, Angles]
     layers: list[Layer]
     norm: Norm
 
@@ -111,27 +114,30 @@ def _read_llama(model: Any, num_positions: int) -> Decoder:
     """Llama and those that differ from it in norms, windows and caps, and use its names."""
     config, base = model.config, model.base_model
     angles = _read_angles(model, num_positions)
-    first = base.layers[0].self_attn
+    kinds = _layer_kinds(config)
     return Decoder(
         embedding=model.get_input_embeddings().weight.detach(),
         embedding_scale=float(getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)),
         positions=None,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_size=first.head_dim,
-        layers=[_read_llama_layer(layer, config, kind, angles) for layer, kind in zip(base.layers, _layer_kinds(config), strict=True)],
+        head_size=base.layers[0].self_attn.head_dim,
+        angles=angles,
+        layers=[
+            _read_llama_layer(layer, config, kind, kind if kind in angles else "") for layer, kind in zip(base.layers, kinds, strict=True)
+        ],
         norm=_read_norm(base.norm),
     )
 
 
-def _read_llama_layer(layer: Any, config: Any, kind: str, angles: dict[str, Angles]) -> Layer:
+def _read_llama_layer(layer: Any, config: Any, kind: str, angles: str) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     has_post_norms = hasattr(layer, "pre_feedforward_layernorm")
     query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return Layer(
         attention=Attention(
             scale=attention.scaling,
-            angles=angles.get(kind, angles.get("")),
+            angles=angles,
             query_norm=None if query_norm is None else _read_norm(query_norm),
             key_norm=None if key_norm is None else _read_norm(key_norm),
             window=config.sliding_window if kind == "sliding_attention" else None,
@@ -160,6 +166,7 @@ def _read_gpt2(model: Any, num_positions: int) -> Decoder:
         heads=heads,
         kv_heads=heads,
         head_size=base.h[0].attn.head_dim,
+        angles={},
         layers=[_read_gpt2_layer(layer) for layer in base.h],
         norm=_read_norm(base.ln_f),
     )
@@ -215,7 +222,8 @@ def _read_angles(model: Any, num_positions: int) -> dict[str, Angles]:
     tables = {}
     for kind in _rope_parameters(model.config):
         cos, sin = rotary(probe, positions, kind) if kind else rotary(probe, positions)
-        tables[kind] = Angles(cos[0], sin[0])
+        first, second = sin[0].chunk(2, -1)
+        tables[kind] = Angles(cos[0], torch.cat([-first, second], -1))
     return tables
 
 

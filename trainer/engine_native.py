@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from trainer.engine_attention import attend, causal_mask, step_mask
 from trainer.engine_families import Angles, Attention, Decoder, Layer, Linear, Norm, read_decoder
+from trainer.engine_graphs import Recordings
 from trainer.engine_linear import Product, pack_linear
 from trainer.logprobs import Head
 
 _ROW_STEP = 8
-_WIDTH_STEP = 16
+_WIDTH_STEPS = {"cpu": 16, "cuda": 256}
 """Rows and cache positions of a step are rounded up to multiples of these, so that few shapes occur: each new one costs kernels."""
 _PREFILL_TOKENS = 4096
 
@@ -50,6 +51,7 @@ class NativeEngine:
         self._output_head = pack_linear(Linear([head.weight.detach()], [head.bias]), dtype, max_rows)
         self._blocks = [self._make_block(layer) for layer in self._decoder.layers]
         self._lengths: list[int] = []
+        self._recordings = Recordings()
 
     def admit(self, prompts: list[tuple[int, ...]], copies: int) -> Tensor:
         """Appends `copies` rows per prompt. -> [len(prompts) * copies, V] logits of the first completion token."""
@@ -58,10 +60,10 @@ class NativeEngine:
     def step(self, tokens: Tensor) -> Tensor:
         """Appends one token to each active row. [b] -> [b, V] logits of the next."""
         rows = len(self._lengths)
-        padding = min(-(-rows // _ROW_STEP) * _ROW_STEP, self._max_rows) - rows
-        width = min(-(-(max(self._lengths) + 1) // _WIDTH_STEP) * _WIDTH_STEP, self._capacity)
+        padding = min(_round_up(rows, _ROW_STEP), self._max_rows) - rows
+        width = min(_round_up(max(self._lengths) + 1, _WIDTH_STEPS[self._device.type]), self._capacity)
         positions = torch.tensor(self._lengths + [0] * padding, device=self._device)
-        logits = self._decode(functional.pad(tokens, (0, padding)), positions, width)
+        logits = self._recordings.run(self._decode, functional.pad(tokens, (0, padding)), positions, width)
         self._lengths = [length + 1 for length in self._lengths]
         return logits[:rows]
 
@@ -81,10 +83,9 @@ class NativeEngine:
         qkv, output, into_mlp, out_of_mlp = (
             pack_linear(linear, self._dtype, self._max_rows) for linear in (layer.qkv, layer.output, layer.into_mlp, layer.out_of_mlp)
         )
+        shape = (2, self._max_rows, decoder.kv_heads, self._capacity, decoder.head_size)
         # Zeros, because a masked position still enters the products: 0 * NaN is NaN.
-        keys, values = torch.zeros(
-            2, self._max_rows, decoder.kv_heads, self._capacity, decoder.head_size, dtype=self._dtype, device=self._device
-        )
+        keys, values = torch.zeros(shape, dtype=self._dtype, device=self._device)
         return _Block(layer, qkv, output, into_mlp, out_of_mlp, _head_norm(layer.attention, decoder), keys, values)
 
     def _prefill(self, prompts: list[tuple[int, ...]], copies: int) -> Tensor:
@@ -94,10 +95,10 @@ class NativeEngine:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         rows = slice(len(self._lengths), len(self._lengths) + count * copies)
-        hidden = self._embed(ids.to(self._device), slice(0, width))
+        hidden, angles = self._embed(ids.to(self._device), slice(0, width)), self._angles(slice(0, width))
         for block in self._blocks:
             attention = block.layer.attention
-            query, key, value = self._project(block, hidden, slice(0, width))
+            query, key, value = self._project(block, hidden, angles)
             for cache, new in ((block.keys, key), (block.values, value)):
                 copied = new.transpose(1, 2)[:, None].expand(-1, copies, -1, -1, -1)
                 cache[rows, :, :width].unflatten(0, (count, copies)).copy_(copied)
@@ -112,12 +113,12 @@ class NativeEngine:
         """[b] newest tokens at `positions` [b], the cache as far as `width` -> [b, V] logits."""
         rows, decoder = len(tokens), self._decoder
         index = torch.arange(rows, device=self._device)
-        hidden = self._embed(tokens, positions)
+        hidden, angles = self._embed(tokens, positions), self._angles(positions)
         windows = {block.layer.attention.window for block in self._blocks}
         masks = {window: step_mask(positions, width, window, self._dtype) for window in windows}
         for block in self._blocks:
             attention = block.layer.attention
-            query, key, value = self._project(block, hidden, positions)
+            query, key, value = self._project(block, hidden, angles)
             block.keys[index, :, positions] = key
             block.values[index, :, positions] = value
             grouped = query.unflatten(1, (decoder.kv_heads, -1))
@@ -133,7 +134,12 @@ class NativeEngine:
             hidden *= decoder.embedding_scale
         return hidden if decoder.positions is None else hidden + decoder.positions[positions]
 
-    def _project(self, block: _Block, hidden: Tensor, positions: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _angles(self, positions: Tensor | slice) -> dict[str, Angles]:
+        """Those of `positions`, for each head alike: [..., 1, d]."""
+        chosen = self._decoder.angles.items()
+        return {kind: Angles(angles.cos[positions][..., None, :], angles.sin[positions][..., None, :]) for kind, angles in chosen}
+
+    def _project(self, block: _Block, hidden: Tensor, angles: dict[str, Angles]) -> tuple[Tensor, Tensor, Tensor]:
         """[..., H] -> query [..., heads, d], key and value [..., kv heads, d], in `dtype`."""
         decoder, attention = self._decoder, block.layer.attention
         mixed = block.qkv(_normalise(hidden, block.layer.attention_norm).to(self._dtype)).unflatten(-1, (-1, decoder.head_size))
@@ -142,7 +148,7 @@ class NativeEngine:
             wide = turned.float()
             if block.head_norm is not None:
                 wide = functional.rms_norm(wide, wide.shape[-1:], None, block.head_norm.eps) * block.head_norm.weight
-            turned = (wide if attention.angles is None else _rotate(wide, attention.angles, positions)).to(self._dtype)
+            turned = (wide if attention.angles is None else _rotate(wide, angles[attention.angles])).to(self._dtype)
         query, key = turned.split([decoder.heads, decoder.kv_heads], -2)
         return query, key, value
 
@@ -161,6 +167,10 @@ class NativeEngine:
         """[b, H] float32 -> [b, V] float32."""
         normed = _normalise(hidden, self._decoder.norm).to(self._dtype)
         return self._head_shape.finish(self._output_head(normed).float())
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _head_norm(attention: Attention, decoder: Decoder) -> Norm | None:
@@ -182,11 +192,9 @@ def _normalise_if(hidden: Tensor, norm: Norm | None) -> Tensor:
     return hidden if norm is None else _normalise(hidden.float(), norm)
 
 
-def _rotate(states: Tensor, angles: Angles, positions: Tensor | slice) -> Tensor:
-    """Halves (a, b) of [..., heads, d] -> (a cos - b sin, b cos + a sin)."""
-    cos, sin = angles.cos[positions][..., None, :], angles.sin[positions][..., None, :]
-    first, second = states.chunk(2, -1)
-    return states * cos + torch.cat([-second, first], -1) * sin
+def _rotate(states: Tensor, angles: Angles) -> Tensor:
+    """[..., heads, d] -> the same."""
+    return (states * angles.cos).addcmul_(states.roll(states.shape[-1] // 2, -1), angles.sin)
 
 
 def _in_chunks(prompts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

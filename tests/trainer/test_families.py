@@ -1,4 +1,4 @@
-"""Each family that is decoded natively, against its own forward pass in float32, one whole row at a time."""
+"""Every family against its own forward pass in float32, one whole row at a time: decoded natively, or by the library."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +15,23 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from core.errors import InvalidRequest
 from tests.tiny import build_tiny_tokenizer
 from tests.trainer.batches import batch_of_rollouts, dense_logprobs, make_policy, make_prompts, sample
 from trainer.engine_families import is_native
@@ -49,7 +56,7 @@ WINDOW = 7
 GEMMA = {**SMALL, "head_dim": 16}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 
-MODELS: dict[str, Callable[[], Any]] = {
+NATIVE: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(
             **SMALL,
@@ -80,21 +87,43 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 
+GENERIC: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    ),
+    "lfm2": lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])),
+    "llama with angles that follow the length": lambda: LlamaForCausalLM(
+        LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    ),
+}
+MODELS = NATIVE | GENERIC
+ATTENTION = ("q_proj", "v_proj")
+
 
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sampled_log_probs_are_those_of_the_models_own_forward_pass(tmp_path: Path, name: str, finetuning: str) -> None:
     """Prompts of different lengths, some of which wait for rows that others leave."""
     save_model(name, tmp_path)
-    policy = make_policy(tmp_path, finetuning=finetuning)
+    targets = {"lora_targets": ATTENTION} if finetuning == "lora" and name in GENERIC else {}
+    policy = make_policy(tmp_path, finetuning=finetuning, **targets)
     shake(policy.policy_parameters())
-    assert is_native(policy.model)
+    assert is_native(policy.model) is (name in NATIVE)
     rollouts = sample(policy, tmp_path, make_prompts(tmp_path), 3, max_rows=6, end_token_ids=frozenset(range(0, 48, 6)))
     assert len({len(rollout.token_ids) for rollout in rollouts}) > 2
     batch = batch_of_rollouts(rollouts)
     with torch.no_grad():
         difference = dense_logprobs(policy.model, batch) - batch.sampling_logprobs
     assert difference[batch.completion_mask].abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    save_model(name, tmp_path)
+    with pytest.raises(InvalidRequest, match=r"experts is a \w+Experts") as caught:
+        make_policy(tmp_path, finetuning="lora")
+    assert caught.value.param == "lora_targets"
 
 
 def save_model(name: str, folder: Path) -> None:
