@@ -29,6 +29,7 @@ def add_adapters(model: Any, options: Options, seed: int) -> PeftModel:
         adapted: Any = get_peft_model(model, _config(options), adapter_name=POLICY, low_cpu_mem_usage=True)
         for name in names[1:]:
             adapted.add_adapter(name, _config(options), low_cpu_mem_usage=True)
+    _check_layers(adapted)
     for name in names:
         _initialise(adapted, name, seed)
     unset = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
@@ -54,6 +55,18 @@ def _config(options: Options) -> LoraConfig:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
+
+
+def _check_layers(model: PeftModel) -> None:
+    """Raises: InvalidRequest for stacked experts, whose weights are no [out, in] of one layer."""
+    for name, layer in _layers(model):
+        if getattr(layer.get_base_layer(), "weight", None) is None:
+            kind = type(layer.get_base_layer()).__name__
+            raise InvalidRequest(
+                f"lora_targets: {name} is a {kind}, which cannot be adapted. Name linear layers, such as the attention's, "
+                "or set finetuning to 'full'.",
+                param="lora_targets",
+            )
 
 
 def _initialise(model: PeftModel, name: str, seed: int) -> None:

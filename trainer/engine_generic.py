@@ -30,8 +30,7 @@ class GenericEngine:
         self._mask = mask.to(self._policy.device)
         self._cache = DynamicCache(config=self._policy.model_config)
         logits = self._forward(ids.to(self._policy.device))
-        self._cache.batch_repeat_interleave(copies)
-        self._mask = self._mask.repeat_interleave(copies, 0)
+        self._select(torch.arange(len(prompts), device=self._mask.device).repeat_interleave(copies))
         return logits.repeat_interleave(copies, 0)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -42,9 +41,12 @@ class GenericEngine:
     def keep(self, order: list[int]) -> None:
         """New row i is old row order[i]."""
         if order and len(order) < len(self._mask):
-            rows = torch.tensor(order, device=self._mask.device)
-            self._cache.batch_select_indices(rows)
-            self._mask = self._mask[rows]
+            self._select(torch.tensor(order, device=self._mask.device))
+
+    def _select(self, rows: Tensor) -> None:
+        """New row i is old row rows[i]. Every cache layer knows `reorder_cache`; the convolutions of hybrid models know no other way."""
+        self._cache.reorder_cache(rows)
+        self._mask = self._mask[rows]
 
     def _forward(self, ids: Tensor) -> Tensor:
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

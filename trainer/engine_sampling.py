@@ -37,27 +37,20 @@ def kept_ids(kept: Tensor) -> list[Tensor]:
 def sample_tokens(logits: Tensor, temperature: float, uniforms: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(tokens, their log-probs) from softmax(logits / temperature). [b, V] float32, [b] float64 -> [b] int64, [b] float32.
 
-    `kept` [b, V] bool: the distribution is renormalised over these tokens. The cumulative distribution is float64.
+    `kept` [b, V] bool: the distribution is renormalised over these tokens.
     Temperature 0 takes the most likely token, with log-prob 0.
     """
     if temperature == 0.0:
         tokens = logits.argmax(-1)
         return tokens, torch.zeros(len(tokens), device=logits.device)
-    scaled = logits / temperature
+    scaled = logits if temperature == 1.0 else logits / temperature
     if kept is not None:
-        scaled.masked_fill_(~kept, -math.inf)
-    log_p = scaled.log_softmax(-1)
-    blocks = _blocks(log_p.exp())
-    # Searched on the CPU: torch has no deterministic cumulative sum of floats on a GPU, and these are small.
-    cumulative = blocks.sum(-1, dtype=torch.float64).cpu().cumsum(-1)
-    wanted = _below(uniforms.cpu()[:, None] * cumulative[:, -1:], cumulative[:, -1:])
-    block = torch.searchsorted(cumulative, wanted, right=True)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    chosen = blocks.gather(1, block[:, :, None].to(blocks.device).expand(-1, -1, _BLOCK))[:, 0]
-    inner = chosen.double().cpu().cumsum(-1)
-    place = torch.searchsorted(inner, _below(wanted - before, inner[:, -1:]), right=True)
-    tokens = (block * _BLOCK + place)[:, 0].to(logits.device)
-    return tokens, log_p.gather(1, tokens[:, None])[:, 0]
+        scaled = scaled.masked_fill(~kept, -math.inf)
+    blocks = _blocks(scaled.softmax(-1))
+    block, rest = _find(blocks.sum(-1), uniforms.to(logits.device)[:, None])
+    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))[:, 0]
+    place, _ = _find(chosen, rest)
+    return (block * _BLOCK + place)[:, 0], chosen.gather(1, place)[:, 0].log()
 
 
 def _nucleus_sizes(scaled: Tensor, most: int, top_p: float) -> Tensor:
@@ -93,6 +86,16 @@ def _blocks(probabilities: Tensor) -> Tensor:
     return padded.view(rows, -1, _BLOCK)
 
 
-def _below(wanted: Tensor, total: Tensor) -> Tensor:
-    """`wanted`, kept under `total`, so that the search finds a token of positive probability whatever was rounded."""
-    return torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
+def _find(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place where the share of all `weights` up to it exceeds the uniform number, and how far inside it that lies.
+
+    [b, n], [b, 1] float64 in [0, 1) -> [b, 1] int64, [b, 1] float64 in [0, 1). The place has a positive weight, whatever was rounded.
+    Counted in integers, whose cumulative sum is exact, and deterministic on a GPU too.
+    """
+    largest = weights.amax(-1, keepdim=True).double()
+    units = (weights.double() / largest * (2.0**61 / weights.shape[-1])).long()
+    ends = units.cumsum(-1)
+    wanted = (uniforms * ends[:, -1:]).long().minimum(ends[:, -1:] - 1)
+    place = torch.searchsorted(ends, wanted, right=True)
+    size = units.gather(1, place)
+    return place, (wanted - ends.gather(1, place) + size).double() / size

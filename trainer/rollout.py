@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from core.errors import InvalidRequest
 from trainer.batch import Prompt, Rollout, Support
+from trainer.engine_families import is_native
 from trainer.engine_generic import GenericEngine
-from trainer.engine_native import NativeEngine, is_native
+from trainer.engine_native import NativeEngine
 from trainer.engine_sampling import kept_ids, kept_tokens, sample_tokens
 from trainer.policy import Policy
 from trainer.random import Purpose, uniforms
@@ -25,6 +27,8 @@ CACHE_BYTES = 4 * 2**30
 """What the key-value cache may take; it lowers the number of rows, but not below one group."""
 CHUNK_TOKENS = 8
 """Decode steps between two calls of `check`."""
+UNIFORMS_AHEAD = 64
+"""Tokens of a row whose random numbers are made together."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class _Row:
     text: TextSoFar
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    uniforms: list[float] = field(default_factory=list)
+    """Of the `UNIFORMS_AHEAD` tokens from the last multiple of that on."""
     kept: list[Tensor] = field(default_factory=list)
     """The support of each token; empty without one."""
 
@@ -93,6 +99,11 @@ class RolloutEngine:
         self._tokenizer = tokenizer
         self._dtype = torch.bfloat16 if precision == "bf16" else policy.compute_dtype
         self._max_rows = max_rows
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the model's family is decoded by our own engine; if not, by the library's forward pass."""
+        return is_native(self._policy.model)
 
     @torch.no_grad()
     def generate(
@@ -129,7 +140,7 @@ class RolloutEngine:
 
     def _make_engine(self, rows: int, capacity: int) -> Engine:
         policy = self._policy
-        if is_native(policy.model):
+        if self.is_native:
             return NativeEngine(policy.model, policy.head(), self._dtype, rows, capacity)
         return GenericEngine(policy)
 
@@ -185,23 +196,28 @@ class _Decoding:
 
     def _extend(self, rows: list[_Row], logits: Tensor) -> None:
         sampling = self._sampling
-        numbers = uniforms(
-            sampling.seed,
-            sampling.purpose,
-            sampling.step,
-            sampling.round_,
-            [row.prompt.index for row in rows],
-            [row.g for row in rows],
-            [len(row.token_ids) for row in rows],
-        )
         kept = sampling.kept_tokens(logits) if sampling.is_restricted else None
-        tokens, logprobs = sample_tokens(logits, sampling.temperature, torch.from_numpy(numbers), kept)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.token_ids.append(token)
+        tokens, logprobs = sample_tokens(logits, sampling.temperature, self._uniforms(rows), kept)
+        # Together, because each copy from a GPU waits for it.
+        for row, token, logprob in zip(rows, *torch.stack([tokens.double(), logprobs.double()]).tolist(), strict=True):
+            row.token_ids.append(int(token))
             row.logprobs.append(logprob)
         if kept is not None:
             for row, ids in zip(rows, kept_ids(kept), strict=True):
                 row.kept.append(ids)
+
+    def _uniforms(self, rows: list[_Row]) -> Tensor:
+        """The number of the next token of each row. [b] float64."""
+        sampling = self._sampling
+        due = [row for row in rows if len(row.token_ids) % UNIFORMS_AHEAD == 0]
+        if due:
+            prompts, gs, lengths = np.array([(row.prompt.index, row.g, len(row.token_ids)) for row in due]).T[:, :, None]
+            ahead = uniforms(
+                sampling.seed, sampling.purpose, sampling.step, sampling.round_, prompts, gs, lengths + np.arange(UNIFORMS_AHEAD)
+            )
+            for row, numbers in zip(due, ahead.tolist(), strict=True):
+                row.uniforms = numbers
+        return torch.tensor([row.uniforms[len(row.token_ids) % UNIFORMS_AHEAD] for row in rows], dtype=torch.float64)
 
     def _retire(self) -> None:
         """Takes out the rows that ended; the last rows move into their places."""

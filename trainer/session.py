@@ -156,7 +156,7 @@ def open_run(directory: Path, secrets: Secrets, control: ControlReader, pulse: P
         clock=clock,
         facts=machine_facts(options, device),
     )
-    _announce_oddities(run)
+    _announce_oddities(run, engine)
     if point is not None:
         _restore(run, point)
     return run
@@ -214,7 +214,7 @@ def _make_evaluator(
     return Evaluator(prompts, engine, grading, job.options, sampling, pass_threshold(job.grader))
 
 
-def _announce_oddities(run: Run) -> None:
+def _announce_oddities(run: Run, engine: RolloutEngine) -> None:
     """Events for what the run does otherwise than its request might lead one to expect."""
     options = run.job.options
     if run.schedule.batch_size < options.batch_size:
@@ -225,6 +225,9 @@ def _announce_oddities(run: Run) -> None:
     ignored = ignored_sampling_defaults(run.policy.generation_config)
     if ignored:
         run.recorder.event(f"The model's own sampling defaults are not used: {ignored}.", data={"code": "sampling_defaults_ignored"})
+    if not engine.is_native:
+        message = "Rollouts of this model family use the library's forward pass, which is slower."
+        run.recorder.event(message, "warn", data={"code": "generic_rollout_engine", "model_class": type(run.policy.model).__name__})
     if options.needs_reference and options.kl_estimator == "k3" and options.kl_placement == "reward":
         run.recorder.event("kl_estimator 'k3' in the reward has a biased gradient; 'k1' has not.", "warn", data={"code": "kl_biased"})
 

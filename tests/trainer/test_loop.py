@@ -20,6 +20,7 @@ from tests.trainer.runs import (
     train_here,
     write_rows,
 )
+from tests.trainer.test_families import save_model
 from trainer.control import ControlReader, Pulse
 from trainer.update import Learner
 
@@ -270,6 +271,14 @@ def test_more_prompts_per_step_than_rows_takes_each_row_once_and_says_so(tmp_pat
     assert train_here(folder).end is End.SUCCEEDED
     assert sorted({sample.prompt_index for sample in read_samples(folder)}) == [0, 1, 2]
     assert [event["data"]["code"] for event in read_events(folder) if event["level"] == "warn"] == ["batch_size_reduced"]
+
+
+def test_a_family_that_is_decoded_by_the_library_trains_and_says_so_once(tmp_path: Path) -> None:
+    folder = make_run_directory(tmp_path / "run", max_steps=2, eval_interval=1, valid_rows=2)
+    save_model("mixtral", folder / "model")
+    assert train_here(folder).end is End.SUCCEEDED
+    said = [event for event in read_events(folder) if event["data"].get("code") == "generic_rollout_engine"]
+    assert [(event["level"], event["data"]["model_class"]) for event in said] == [("warn", "MixtralForCausalLM")]
 
 
 def test_no_other_generator_of_random_numbers_is_used(tmp_path: Path) -> None:
