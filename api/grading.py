@@ -37,8 +37,9 @@ from database.secrets import Secrets
 from graders.build import build_grader
 from graders.check import check_programs, endpoints_of
 from graders.grade import Grade, GradeFailure, Grader, GradeRequest, failed
-from graders.limits import MakeLimiter, SharedLimits
+from graders.limits import MakeLimiter
 from graders.python_sandbox import SandboxLimits
+from graders.shared_limits import SharedLimits
 from graders.template import names_output_json
 from outbound.safe_http import NetworkPolicy
 

@@ -7,7 +7,7 @@ from core.doorbell import Doorbell
 from core.settings import Settings
 from database.blobs import BlobStore
 from database.session import Database, open_database
-from graders.limits import SharedLimits
+from graders.shared_limits import SharedLimits
 from outbound.safe_http import NetworkPolicy
 
 

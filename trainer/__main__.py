@@ -19,7 +19,8 @@ from typing import IO, Any
 from core.redaction import Redactor, secret_values, url_secrets
 from core.run_directory import CONTROL, LOCK, OUTCOME, SECRETS_FD, End, publish_json, read_outcome
 from graders.build import build_grader
-from graders.limits import SharedLimits, local_limiter
+from graders.limits import local_limiter
+from graders.shared_limits import SharedLimits
 from trainer.control import ControlReader, Pulse
 from trainer.loop import run_job
 from trainer.redaction import RedactingFormatter

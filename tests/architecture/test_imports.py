@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 EXCEPTIONS = {
     ("core/doorbell.py", "celery"),
-    ("graders/limits.py", "redis"),
+    ("graders/shared_limits.py", "redis"),
     ("graders/reward_model.py", "torch"),
     ("graders/reward_model.py", "transformers"),
     ("local/platform_database.py", "database"),

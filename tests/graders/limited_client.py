@@ -9,7 +9,7 @@ from core.grader_specs import PinnedEndpointGrader
 from graders.calls import RetryPolicy
 from graders.endpoint import EndpointGrader
 from graders.grade import GradeRequest
-from graders.limits import SharedLimits
+from graders.shared_limits import SharedLimits
 from outbound.safe_http import NetworkPolicy
 
 

@@ -17,7 +17,7 @@ import redis
 
 from core.errors import GraderError
 from core.grader_specs import CallOptions
-from graders.limits import SharedLimiter, SharedLimits
+from graders.shared_limits import SharedLimiter, SharedLimits
 from tests.fake_endpoint import FakeEndpoint, score
 from tests.graders.helpers import endpoint_grader, grade, request
 from tests.servers import RestartableRedis, free_port

@@ -18,7 +18,8 @@ from core.run_directory import End, SampleLine
 from graders.calls import RetryPolicy
 from graders.endpoint import EndpointGrader
 from graders.grade import Grade, GradeRequest
-from graders.limits import LimitsUnavailable, SharedLimits
+from graders.limits import LimitsUnavailable
+from graders.shared_limits import SharedLimits
 from outbound.safe_http import NetworkPolicy
 from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, answer, dripping, hang, score, status
 from tests.trainer.runs import make_run_directory, read_metrics, read_samples, train_here
