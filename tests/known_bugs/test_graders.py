@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from core.grader_specs import CallOptions, PinnedEndpointGrader
-from core.run_directory import End, SampleLine
+from core.run_directory import JOB, End, SampleLine, publish_json
 from graders.calls import RetryPolicy
 from graders.endpoint import EndpointGrader
 from graders.grade import Grade, GradeRequest
@@ -23,6 +23,7 @@ from graders.shared_limits import SharedLimits
 from outbound.safe_http import NetworkPolicy
 from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, answer, dripping, hang, score, status
 from tests.trainer.runs import make_run_directory, read_metrics, read_samples, train_here
+from trainer.config import load_job
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("api", "client", "core", "database", "graders", "housekeeping", "local", "migrations", "outbound", "trainer", "worker")
@@ -55,6 +56,7 @@ def is_struck(text: str) -> bool:
 def train_with(folder: Path, plan: Callable[[Received], Reply], **options: Any) -> list[SampleLine]:
     """The samples of two steps whose grader answers by `plan`; a group is kept however many of its grades are lost."""
     run = make_run_directory(folder, max_steps=2, max_grader_failure_fraction=1.0)
+    publish_json(run / JOB, load_job(run).model_copy(update={"grader_patience_seconds": 60.0}))
     started = time.monotonic()
     with FakeEndpoint(plan) as server:
         outcome = train_here(run, Maker(server.url, max_attempts=1, timeout_seconds=0.3, **options))  # type: ignore[arg-type]

@@ -32,6 +32,11 @@ def hold(settings: Settings, source: dict) -> Holding:
     return Holding(worker, claim_next(worker))
 
 
+def folder_of(holding: Holding) -> Path:
+    job = holding.claim.job
+    return model_folder(holding, job.model, job.model_digest)
+
+
 def test_gguf_file_is_converted_once_and_again_when_it_was_replaced(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,12 +45,12 @@ def test_gguf_file_is_converted_once_and_again_when_it_was_replaced(
     command = (sys.executable, "-c", CONVERTER.replace("sys.argv[3]", repr(str(runs))))
     monkeypatch.setattr(base_model, "CONVERT_COMMAND", command)
     holding = hold(settings, {"type": "gguf", "path": str(weights)})
-    first = model_folder(holding)
+    first = folder_of(holding)
     assert (first / "config.json").exists()
-    assert model_folder(holding) == first
+    assert folder_of(holding) == first
     assert runs.read_text() == "x"
     weights.write_bytes(b"another")
-    assert model_folder(holding) != first
+    assert folder_of(holding) != first
     assert runs.read_text() == "xx"
 
 
@@ -53,13 +58,13 @@ def test_failed_conversion_names_the_model_and_the_converters_last_words(setting
     monkeypatch.setattr(base_model, "CONVERT_COMMAND", (sys.executable, "-c", "raise SystemExit('no such architecture')"))
     holding = hold(settings, {"type": "hub", "repo": "a/b", "revision": "c" * 40})
     with pytest.raises(InvalidRequest, match=r"(?s)'other'.*no such architecture") as caught:
-        model_folder(holding)
+        folder_of(holding)
     assert (caught.value.code, caught.value.param) == ("model_not_available", "model")
 
 
 def test_folder_that_this_worker_does_not_have_is_said_so(settings: Settings) -> None:
     with pytest.raises(InvalidRequest, match="/nowhere"):
-        model_folder(hold(settings, {"type": "folder", "path": "/nowhere"}))
+        folder_of(hold(settings, {"type": "folder", "path": "/nowhere"}))
 
 
 @pytest.mark.parametrize("weights_format", ["full", "lora"])
@@ -79,8 +84,8 @@ def test_fine_tuned_model_is_fetched_whole_and_an_adapter_is_refused(settings: S
     holding.claim.job.model, holding.claim.job.model_digest = model.name, model.digest
     if weights_format == "lora":
         with pytest.raises(InvalidRequest, match="adapter"):
-            model_folder(holding)
+            folder_of(holding)
     else:
-        folder = model_folder(holding)
+        folder = folder_of(holding)
         assert (folder / "config.json").read_bytes() == b"weights"
-        assert model_folder(holding) == folder
+        assert folder_of(holding) == folder

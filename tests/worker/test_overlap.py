@@ -27,6 +27,7 @@ PLAN = {"steps": STEPS, "seconds": 0.03, "checkpoint_every": 5, "resume_every": 
 def write_lock(engine: Engine, table: type) -> Iterator[None]:
     """Whoever would write to `table` (on SQLite: to the whole file) waits; readers do not."""
     with writing(engine) as session:
+        session.connection()  # SQLite begins here
         if engine.dialect.name == "postgresql":
             session.execute(text(f"LOCK TABLE {table.__tablename__} IN EXCLUSIVE MODE"))
         yield
