@@ -28,6 +28,8 @@ ALLOWED = frozenset(
 
 CONVERTER_ALLOWED = ALLOWED | {"HF_HOME", "HF_ENDPOINT", "HF_TOKEN", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"}
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""The allocator asks the kernel for huge pages, where both know them: faults on fresh memory took a seventh of an update."""
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -112,7 +114,7 @@ def trainer_environment(num_threads: int) -> dict[str, str]:
     """The allow-listed part of our own, and what keeps the trainer to its share of the machine."""
     allowed = {name: value for name, value in os.environ.items() if name in ALLOWED or name.startswith("LC_")}
     threads = dict.fromkeys(THREAD_VARIABLES, str(num_threads))
-    return {**allowed, **threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**allowed, **threads, **HUGE_PAGES, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def identify(pid: int) -> Identity:
