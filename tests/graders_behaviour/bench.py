@@ -119,7 +119,7 @@ def run(behaviour: Behaviour, folder: Path) -> Result:
 
         def make_grader(pinned: PinnedGraderSpec, secrets: Secrets, ours: NetworkPolicy) -> Grader:
             assert isinstance(pinned, PinnedEndpointGrader)
-            return EndpointGrader(pinned, headers={}, signing_secret=None, network=network, retry=RETRY, ssl_context=context)
+            return EndpointGrader(pinned, {}, network=network, retry=RETRY, ssl_context=context)
 
         pulse = Pulse(folder)
         started = time.monotonic()

@@ -68,7 +68,7 @@ def run(folder: Path, plan: SeededGrader, max_staleness: int) -> dict[str, float
 
         def make_grader(pinned: PinnedGraderSpec, secrets: Secrets, network: NetworkPolicy) -> Grader:
             assert isinstance(pinned, PinnedEndpointGrader)
-            return EndpointGrader(pinned, headers={}, signing_secret=None, network=NetworkPolicy(LOOPBACK), retry=RETRY)
+            return EndpointGrader(pinned, {}, network=NetworkPolicy(LOOPBACK), retry=RETRY)
 
         pulse = Pulse(folder)
         assert run_job(folder, SECRETS, ControlReader(folder, pulse), pulse, make_grader).end is End.SUCCEEDED
