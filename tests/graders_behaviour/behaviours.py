@@ -19,6 +19,7 @@ TWICE = 2 * MAX_ATTEMPTS
 """Calls for a completion that is lost to the grader's surroundings: it is asked again once the grader has answered a probe."""
 
 HASTY = {"timeout_seconds": TIMEOUT_SECONDS, "max_attempts": 1}
+BATCH = {"format": "batch", "batch_size": 4}
 RANGE = {"reward_range": [0.0, 1.0]}
 TIMEOUT, CONNECTION, HTTP = "grader_timeout", "grader_connection_error", "grader_http_error"
 INVALID_JSON, INVALID_SCORE, OUT_OF_RANGE = "grader_invalid_json", "grader_invalid_score", "grader_score_out_of_range"
@@ -51,6 +52,9 @@ class Behaviour:
     is_graded_half: bool = False
     """The misbehaviour holds a score of 0.5, which counts."""
 
+    mix_up: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None
+    """In the format `batch`: what becomes of the right results."""
+
     until_call: int = 0
     """With `the first calls`: so many, about whatever completion, and probes."""
 
@@ -71,6 +75,11 @@ def passing(name: str, reply: Callable[[], Reply], min_seconds: float = 0.0, **o
 def away(name: str, error: str, reply: Callable[[], Reply] | None = None, place: str = "http", **options: Any) -> Behaviour:
     """Nothing is graded: the job pauses."""
     return Behaviour(name, reply, to=ALL, error=error, end=End.PAUSED, place=place, options=options)
+
+
+def mixed_up(name: str, error: str, mix_up: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Behaviour:
+    """Nothing says any more which score is whose: the job pauses."""
+    return Behaviour(name, to=ALL, error=error, end=End.PAUSED, options=BATCH, mix_up=mix_up)
 
 
 def in_date_form(seconds: float) -> str:
@@ -127,6 +136,12 @@ BEHAVIOURS = [
     Behaviour("null: it abstains", lambda: score(None), calls=1, is_abstained=True),
     Behaviour("another content type", lambda: Reply(GOOD.encode(), headers={"content-type": "text/plain"}), calls=1, is_graded_half=True),
     Behaviour("503 for a while", lambda: status(503), to=UNTIL_CALL, until_call=18, calls=MAX_ATTEMPTS + 1, min_seconds=0.8),
+    mixed_up("a batch with one result missing", "grader_wrong_count", lambda results: results[:-1]),
+    mixed_up("a batch with one result too many", "grader_wrong_count", lambda results: [*results, results[0]]),
+    mixed_up("a batch with an id that was not sent", "grader_unknown_id", lambda results: [*results[:-1], {"id": "x", "score": 0.5}]),
+    mixed_up("a batch with a result without an id", "grader_missing_id", lambda results: [*results[:-1], {"score": 0.5}]),
+    mixed_up("a batch with one id only", "grader_duplicate_id", lambda results: [results[0]] * max(2, len(results))),
+    Behaviour("a batch in another order", to=ALL, options=BATCH, mix_up=lambda results: results[::-1]),
     away("503 for good", HTTP, lambda: status(503)),
     away("404 for good", HTTP, lambda: status(404)),
     away("NaN for good", INVALID_SCORE, lambda: score(float("nan"))),

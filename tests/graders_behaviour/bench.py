@@ -5,7 +5,7 @@ import json
 import ssl
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from graders.endpoint import EndpointGrader
 from graders.grade import Grader
 from outbound.safe_http import NetworkPolicy
 from outbound.signing import ID_HEADER
-from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, score
+from tests.fake_endpoint import LOOPBACK, FakeEndpoint, Received, Reply, answer, score
 from tests.graders_behaviour.behaviours import ALL, FIRST, MAX_ATTEMPTS, ONE, UNTIL_CALL, Behaviour
 from tests.outbound.test_safe_http import certificate
 from tests.servers import free_port
@@ -49,12 +49,18 @@ class Misbehaving:
 
     def __call__(self, received: Received) -> Reply:
         body = received.json
+        if self._behaviour.mix_up is not None:
+            return self._answer_batch(body["samples"], self._behaviour.mix_up)
         if body["metadata"].get("probe"):
             self.probes += 1
             return self._misbehave() if self._is_for_all() else score(score_of(body["sample"]["output_text"]))
         name = received.headers[ID_HEADER]
         self.calls[name] += 1
         return self._misbehave() if self._is_meant(name) else score(score_of(body["sample"]["output_text"]))
+
+    def _answer_batch(self, samples: list[Any], mix_up: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Reply:
+        self.calls.update(sample["id"] for sample in samples)
+        return answer({"results": mix_up([{"id": entry["id"], "score": score_of(entry["sample"]["output_text"])} for entry in samples])})
 
     @property
     def victim_calls(self) -> int:
