@@ -6,6 +6,7 @@ Here a run is killed by an exception that nothing catches; `make test-resume` do
 import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ def curve(folder: Path) -> list[tuple[int, dict[str, float], str]]:
     ]
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(published(folder, CHECKPOINTS)[-1].glob("*.safetensors"))}
+def weights(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(published(folder, CHECKPOINTS)[-1].glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_r08_what_a_missing_grade_was_lost_to_makes_no_difference_to_the_weights
         folder = make_run_directory(tmp_path / lost, max_steps=2, max_grader_failure_fraction=1.0)
         train_here(folder, FunctionGrader(losing(grade)))
         weights.append((folder / CHECKPOINTS / "step_000002" / WEIGHTS).read_bytes())
-    assert weights == [weights[0]] * len(weights)
+    assert len(set(weights)) == 1
 
 
 def test_r08_a_row_that_does_not_count_has_no_advantage() -> None:
