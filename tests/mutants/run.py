@@ -87,7 +87,7 @@ def _run_tests(folder: Path, keyword: str) -> Result:
     quick |= {
         "CI": "",
         "BUILD_NUMBER": "",
-    }  # With them pytest explains every difference whole: two long values of a mutant keep it for minutes.
+    }  # With them pytest explains whole differences, for minutes.
     try:
         process = subprocess.run(
             command, cwd=folder, env={**os.environ, **quick}, capture_output=True, text=True, timeout=SECONDS, check=False
