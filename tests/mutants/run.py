@@ -84,10 +84,8 @@ def _run_tests(folder: Path, keyword: str) -> Result:
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", TESTS, "-k", keyword, f"--junitxml={report}", "-p", "no:cacheprovider"]
     quick = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    quick |= {
-        "CI": "",
-        "BUILD_NUMBER": "",
-    }  # With them pytest explains whole differences, for minutes.
+    # With these set, pytest explains differences whole, which takes minutes where they are long.
+    quick |= {"CI": "", "BUILD_NUMBER": ""}
     try:
         process = subprocess.run(
             command, cwd=folder, env={**os.environ, **quick}, capture_output=True, text=True, timeout=SECONDS, check=False
